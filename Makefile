@@ -1,0 +1,39 @@
+# make demo, make test, make lint: each makes the environment it needs (.venv) and starts at once the second time.
+PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p; done))
+RUN := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: demo test test-slow lint bench-demo micro setup clean
+
+setup: $(READY)
+
+# Without ensurepip (Debian without python3-venv, Colab) the environment is filled by the pip of the Python that made it.
+$(READY): requirements.txt constraints.txt requirements-dev.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; say which: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Making .venv with $(PYTHON): once, a few minutes"
+	@rm -rf .venv
+	@$(PYTHON) -m venv --without-pip .venv
+	@$(PYTHON) -m pip --python $(RUN) install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	@$(RUN) distill_app.py demo
+
+test: $(READY)
+	@$(RUN) -m pytest -m "not slow"
+
+test-slow: $(READY)
+	@$(RUN) -m pytest
+
+lint: $(READY)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+bench-demo: $(READY)
+	@$(RUN) benchmarks/bench_demo.py
+
+micro: $(READY)
+	@$(RUN) distill_app.py build-micro
+
+clean:
+	rm -rf .venv runs reports distilled-* .pytest_cache .ruff_cache

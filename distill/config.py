@@ -1,0 +1,253 @@
+"""A user's settings ↔ an EasyDistill 1.0 job: every problem gathered and shown at once, unknown keys refused.
+
+The shipped presets (`configs/presets/*.json`) are the one place where defaults stand; a user's own settings go over them. A job is
+the nested JSON that `easydistill --config` and the built-in engine both read, all paths absolute.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import store
+from .errors import ConfigError, did_you_mean
+
+PRESETS = store.ROOT / "configs" / "presets"
+TEMPLATE = store.ROOT / "configs" / "easydistill_template.jinja"
+JOB_TYPES = ("kd_black_box_train_only",)
+BACKENDS = ("auto", "builtin")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting's type and range; `why` ends the message when a value lies outside it."""
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple = ()
+    why: str = ""
+
+    def problem(self, value) -> str | None:
+        """What is wrong with a value, or None."""
+        accepted = (int, float) if self.kind is float else (self.kind,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
+            return f"is no {_KIND_NAMES[self.kind]}.{self._advice()}"
+        if self.choices and value not in self.choices:
+            return f"is not one of {', '.join(map(str, self.choices))}.{did_you_mean(str(value), map(str, self.choices))}{self._advice()}"
+        if self.kind in (int, float) and not self.low <= value <= self.high:
+            return f"lies outside {self.low:g} to {self.high:g}.{self._advice()}"
+        return None
+
+    def _advice(self) -> str:
+        return f" {self.why}" if self.why else ""
+
+
+_KIND_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+_FP32 = "The built-in engine trains in fp32 so far; leave it out."
+
+# EasyDistill's `training` block: names as in trl's SFTConfig. `warmup_ratio` is EasyDistill's; the engine translates it.
+TRAINING = {
+    "num_train_epochs": Setting(float, 0.001, 1000),
+    "max_steps": Setting(int, -1, 10_000_000, why="-1 trains whole epochs."),
+    "per_device_train_batch_size": Setting(int, 1, 4096),
+    "per_device_eval_batch_size": Setting(int, 1, 4096),
+    "gradient_accumulation_steps": Setting(int, 1, 4096),
+    "max_length": Setting(int, 2, 1_048_576, why="In tokens; a row needs at least one to ask and one to answer. Set 64 to 4096."),
+    "learning_rate": Setting(float, 1e-9, 1, why="Usual: 1e-5 to 5e-5 for full fine-tuning of a pretrained student."),
+    "weight_decay": Setting(float, 0, 1),
+    "warmup_ratio": Setting(float, 0, 0.99, why="A share of all steps."),
+    "warmup_steps": Setting(int, 0, 10_000_000),
+    "lr_scheduler_type": Setting(str, choices=SCHEDULERS),
+    "optim": Setting(str, choices=OPTIMIZERS),
+    "adam_beta1": Setting(float, 0, 0.99999),
+    "adam_beta2": Setting(float, 0, 0.99999),
+    "adam_epsilon": Setting(float, 1e-12, 1),
+    "max_grad_norm": Setting(float, 0, 1e6),
+    "label_smoothing_factor": Setting(float, 0, 0.99),
+    "neftune_noise_alpha": Setting(float, 0, 1000),
+    "gradient_checkpointing": Setting(bool),
+    "bf16": Setting(bool, choices=(False,), why=_FP32),
+    "fp16": Setting(bool, choices=(False,), why=_FP32),
+    "completion_only_loss": Setting(bool, choices=(True,), why="The lab supervises the answer alone."),
+    "logging_steps": Setting(int, 1, 1_000_000),
+    "save_strategy": Setting(str, choices=("epoch", "steps")),
+    "save_steps": Setting(int, 1, 10_000_000),
+    "save_total_limit": Setting(int, 1, 1000),
+    "seed": Setting(int, 0, 2**32 - 1),
+    "disable_tqdm": Setting(bool),
+    "report_to": Setting(str, choices=("none", "tensorboard", "wandb")),
+}
+# What a user's dict holds besides the training settings.
+USER_KEYS = ("preset", "teacher_model", "student_model", "labeled_path", "num_epochs", "out_dir", "config_path", "backend", "template_path")
+NEEDED = ("student_model", "labeled_path", "out_dir", "config_path", "num_train_epochs", "max_length", "learning_rate", "seed")
+JOB_SECTIONS = {
+    "dataset": ("instruction_path", "labeled_path", "template", "seed"),
+    "models": ("teacher", "student"),
+    "training": ("output_dir", *TRAINING),
+    # A train-only job reads neither; EasyDistill's own job files carry them.
+    "inference": (
+        "base_url", "chat_template", "enable_chunked_prefill", "enforce_eager", "gpu_memory_utilization", "max_model_len",
+        "max_new_tokens", "seed", "stream", "system_prompt", "temperature", "top_logits_num", "trust_remote_code",
+    ),
+    "distillation": ("distillation_type", "kd_ratio", "max_seq_length"),
+}  # fmt: skip
+NEEDED_IN_JOB = {"dataset": ("labeled_path",), "models": ("student",), "training": ("output_dir", "max_length", "num_train_epochs")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A user's settings over a preset, checked.
+
+    values   every setting by its flat name; paths absolute
+    origins  where each came from: "yours" or "preset <name>"
+    notes    what a user should be told about them
+    """
+
+    values: dict
+    origins: dict
+    notes: list = field(default_factory=list)
+
+
+def resolve(user: Mapping | None, preset: str) -> Settings:
+    """Lay a user's settings over a preset and check them all.
+
+    Raises ConfigError that lists every problem at once.
+    """
+    if not isinstance(user or {}, Mapping):
+        raise ConfigError(f"The configuration is a {type(user).__name__}; give a dict such as {{'student_model': 'Qwen/Qwen2.5-0.5B-Instruct'}}.")
+    user = dict(user or {})
+    preset = user.pop("preset", preset)
+    yours, problems = _one_epochs_key(user)
+    base, unknown = _one_epochs_key(read_preset(preset))
+    values = {**base, **{key: value for key, value in yours.items() if value is not None}}
+    origins = {key: "yours" if yours.get(key) is not None else f"preset {preset}" for key in values}
+    problems += unknown + _flat_problems(values)
+    if problems:
+        raise ConfigError.from_problems("your configuration" if user else f"preset {preset}", problems)
+    notes = []
+    if values.pop("template_path", None):
+        origins.pop("template_path")
+        notes.append("template_path is not used: the student's own chat template is, in training and asking alike.")
+    return Settings(_with_absolute_paths(values), origins, notes)
+
+
+def _one_epochs_key(settings: dict) -> tuple[dict, list[str]]:
+    """`num_epochs` under its upstream name; both names together are a problem."""
+    settings = dict(settings)
+    problems = []
+    if "num_epochs" in settings:
+        if "num_train_epochs" in settings:
+            problems.append("num_epochs and num_train_epochs are one setting under two names: give only one.")
+        settings["num_train_epochs"] = settings.pop("num_epochs")
+    return settings, problems
+
+
+def read_preset(name: str) -> dict:
+    """A preset by its name in `configs/presets`, or by the path of a JSON file."""
+    shipped = sorted(path.stem for path in PRESETS.glob("*.json"))
+    path = store.resolve(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
+    if not path.is_file():
+        raise ConfigError(f"preset = {name!r}: there is no such preset.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}.")
+    preset = store.read_json(path)
+    if not isinstance(preset, dict):
+        raise ConfigError(f"{store.shown(path)} holds no JSON object of settings.")
+    return preset
+
+
+def _flat_problems(values: dict) -> list[str]:
+    known = (*USER_KEYS, *TRAINING)
+    problems = [f"{key}: no such setting.{did_you_mean(key, known)}" for key in values if key not in known]
+    problems += [f"{key}: is needed and has no value." for key in NEEDED if key not in values]
+    for key in ("teacher_model", "student_model", "labeled_path", "out_dir", "config_path", "template_path"):
+        if key in values and not (isinstance(values[key], str | Path) and str(values[key]).strip()):
+            problems.append(f"{key} = {values[key]!r}: is no path or name.")
+    if values.get("backend", "auto") not in BACKENDS:
+        problems.append(f"backend = {values['backend']!r}: is not one of {', '.join(BACKENDS)}.")
+    return problems + _training_problems(values, prefix="")
+
+
+def _training_problems(values: dict, prefix: str) -> list[str]:
+    found = [(key, TRAINING[key].problem(value)) for key, value in values.items() if key in TRAINING]
+    problems = [f"{prefix}{key} = {values[key]!r}: {what}" for key, what in found if what]
+    if values.get("warmup_ratio") and values.get("warmup_steps"):
+        problems.append(f"{prefix}warmup_ratio and {prefix}warmup_steps are two ways to say one thing: give only one.")
+    if values.get("save_strategy") == "steps" and "save_steps" not in values:
+        problems.append(f"{prefix}save_strategy = 'steps' needs {prefix}save_steps.")
+    return problems
+
+
+def _with_absolute_paths(values: dict) -> dict:
+    paths = {key: str(store.resolve(values[key])) for key in ("labeled_path", "out_dir", "config_path")}
+    models = {key: model_name(values[key]) for key in ("teacher_model", "student_model") if key in values}
+    return {**values, **paths, **models}
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form `owner/model` (or `model`) of the hub, and no such folder lies here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not store.resolve(name).exists()
+
+
+def model_name(name: str | Path) -> str:
+    """A model's hub name as it is, or its folder's absolute path."""
+    return str(name) if is_hub_name(str(name)) else str(store.resolve(name))
+
+
+def build_job(settings: Settings, tokenized_path: Path) -> dict:
+    """The EasyDistill 1.0 job of checked settings; `tokenized_path` is the run's own tokenized file."""
+    values = settings.values
+    training = {"output_dir": values["out_dir"], **{key: values[key] for key in TRAINING if key in values}}
+    models = {"teacher": values.get("teacher_model"), "student": values["student_model"]}
+    return {
+        "job_type": JOB_TYPES[0],
+        "dataset": {
+            "instruction_path": values["labeled_path"],
+            "labeled_path": str(tokenized_path),
+            "template": str(TEMPLATE),
+            "seed": values["seed"],
+        },
+        "models": {key: name for key, name in models.items() if name},
+        "training": training,
+    }
+
+
+def read_job(path: str | Path) -> dict:
+    """Read and check a job file. Raises ConfigError that lists every problem at once."""
+    job = store.read_json(path)
+    problems = job_problems(job)
+    if problems:
+        raise ConfigError.from_problems(store.shown(path), problems)
+    return job
+
+
+def job_problems(job) -> list[str]:
+    """Everything that is wrong with a job, each with its place in the file."""
+    if not isinstance(job, dict):
+        return ["it is no JSON object."]
+    problems = []
+    if job.get("job_type") not in JOB_TYPES:
+        problems.append(f"job_type = {job.get('job_type')!r}: is not one of {', '.join(JOB_TYPES)}.")
+    problems += [f"{key}: no such section.{did_you_mean(key, JOB_SECTIONS)}" for key in job if key != "job_type" and key not in JOB_SECTIONS]
+    for section, known in JOB_SECTIONS.items():
+        block = job.get(section)
+        if not isinstance(block, dict):
+            if section in job or section in NEEDED_IN_JOB:
+                problems.append(f"{section}: is missing or no JSON object.")
+            continue
+        problems += [f"{section}.{key}: no such setting.{did_you_mean(key, known)}" for key in block if key not in known]
+        problems += [f"{section}.{key}: is needed and has no value." for key in NEEDED_IN_JOB.get(section, ()) if block.get(key) in (None, "")]
+    return problems + _path_problems(job) + _training_problems(_section(job, "training"), prefix="training.")
+
+
+def _path_problems(job: dict) -> list[str]:
+    places = [("dataset", key) for key in ("instruction_path", "labeled_path", "template")] + [("training", "output_dir")]
+    named = [(f"{section}.{key}", _section(job, section).get(key)) for section, key in places]
+    return [f"{name} = {path!r}: must be an absolute path." for name, path in named if path and not Path(str(path)).is_absolute()]
+
+
+def _section(job: dict, name: str) -> dict:
+    block = job.get(name)
+    return block if isinstance(block, dict) else {}

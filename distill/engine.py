@@ -1,0 +1,102 @@
+"""Run a module of the lab as a subprocess in the engine's environment, so that its memory is free again when it ends.
+
+The child reports through standard output, a line of JSON an event; everything it prints goes to a log file. It lives in a process
+group of its own and ends with its parent: interrupting the parent ends the group, and the child watches its standard input, which
+closes when the parent dies.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from . import store
+from .errors import BackendError
+
+EVENT = "@event "
+LOG_TAIL_LINES = 20
+_PARENT = "DISTILL_LAB_PARENT"
+
+
+def engine_python() -> str:
+    """The interpreter of the environment that holds torch and TRL."""
+    return sys.executable
+
+
+def run_module(module: str, arguments: list[str], log: Path, on_event: Callable[[dict], None]) -> int:
+    """Run `python -m module arguments…` to its end; returns its exit status, negative for a signal.
+
+    log       file that gets everything the child prints
+    on_event  called with each event, in order
+    """
+    command = [engine_python(), "-m", module, *arguments]
+    environment = {**_defaults(), **os.environ, "PYTHONUNBUFFERED": "1", _PARENT: "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    child = subprocess.Popen(command, cwd=store.ROOT, env=environment, start_new_session=True, encoding="utf-8", errors="replace", **pipes)
+    try:
+        with open(log, "w", encoding="utf-8") as file:
+            for line in child.stdout:
+                if line.startswith(EVENT):
+                    on_event(json.loads(line.removeprefix(EVENT)))
+                file.write(line)
+                file.flush()
+        return child.wait()
+    finally:
+        _end_group(child)
+
+
+def _defaults() -> dict:
+    """Settings that a user's own environment may override."""
+    return {
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "WANDB_MODE": "disabled",
+    }
+
+
+def _end_group(child: subprocess.Popen) -> None:
+    """End the child and whatever it started; first politely, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is not None:
+            break
+        try:
+            os.killpg(child.pid, number)
+            child.wait(timeout=10)
+        except (subprocess.TimeoutExpired, ProcessLookupError):
+            continue
+    child.stdin.close()
+    child.stdout.close()
+
+
+def emit(**event) -> None:
+    """In the child: report one event."""
+    print(EVENT + json.dumps(event), flush=True)
+
+
+def end_with_parent() -> None:
+    """In the child: exit at once when the parent is gone, so that a killed lab leaves no orphan at work."""
+    if os.environ.pop(_PARENT, None):
+        threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
+
+
+def _exit_at_end_of_input() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def failure(what: str, status: int, log: Path) -> BackendError:
+    """The error for a child that failed: its exit status in words and the end of its log."""
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    tail = [line for line in tail if line.strip() and not line.startswith(EVENT)][-LOG_TAIL_LINES:]
+    if status < 0:
+        how = f"it was ended by {signal.Signals(-status).name}"
+        how += ", as happens when memory runs out" if -status == signal.SIGKILL else ""
+    else:
+        how = f"exit status {status}"
+    return BackendError("\n".join([f"{what} failed: {how}. The end of {store.shown(log)}:", *[f"  | {line[:300]}" for line in tail]]))

@@ -1,0 +1,125 @@
+"""The workflow: check → plan → job → run → verify. Each step is a line here and a module elsewhere."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import data, models, store, train
+from .config import BACKENDS, Settings, build_job, read_job, resolve
+from .console import say, table
+from .errors import ConfigError
+
+
+def distill_system1(config: Mapping | None = None) -> str:
+    """Distil the System-1 student: check everything, tokenize, train in a subprocess, verify, publish.
+
+    config  a dict of settings over the preset `system1` (README, "Settings"), e.g. {"student_model": …, "labeled_path": …}
+    Returns the checkpoint's path. Raises ConfigError, DataError or BackendError; then `out_dir` is as it was.
+    """
+    return _distill("system1", config)
+
+
+def write_system1_config(config: Mapping | None = None) -> str:
+    """Check settings and write System 1's EasyDistill job with the run's own token file. Returns the job's path.
+
+    Nothing is written unless every setting, the student, the data and the places to write to are good.
+    """
+    return _write_job("system1", resolve(config, preset="system1"))
+
+
+def _distill(system: str, user: Mapping | None) -> str:
+    settings = resolve(user, preset=system)
+    return run_easy_distill(_write_job(system, settings), backend=settings.values["backend"]).checkpoint
+
+
+def run_easy_distill(config_path: str | Path, *, backend: str = "auto") -> train.TrainResult:
+    """Run a job file to a verified checkpoint.
+
+    backend  "auto" or "builtin"
+    Raises ConfigError for a job that cannot work, BackendError with the end of the log for a run that failed.
+    """
+    job = read_job(config_path)
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend = {backend!r}: is not one of {', '.join(BACKENDS)}.")
+    train.check_out_dir(job["training"]["output_dir"])
+    models.check_student(job["models"]["student"])
+    reason = "asked for" if backend == "builtin" else "the lab's own engine is the one backend of this version"
+    say(f"backend: builtin ({reason})")
+    result = train.run(config_path, _run_folder_of(job), reason)
+    say(f"trained {result.metrics['steps']:,} steps in {result.seconds:.0f} s; checkpoint: {store.shown(result.checkpoint)}")
+    return result
+
+
+def _write_job(system: str, settings: Settings) -> str:
+    """Check → show → tokenize → write the job, or raise and leave nothing."""
+    values = settings.values
+    train.check_out_dir(values["out_dir"])
+    store.check_writable(values["config_path"])
+    data.check_labeled(values["labeled_path"], system)
+    models.check_student(values["student_model"])
+    with _new_run_folder(system) as run_folder:
+        tokens = run_folder / "train_tokenized.json"
+        counts = _tokenize(system, values, tokens)
+        show_settings(settings)
+        plan = {"settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
+        store.write_json(run_folder / "plan.json", plan)
+        job_path = store.write_json(values["config_path"], build_job(settings, tokens))
+    say(f"job: {store.shown(job_path)}   run: {store.shown(run_folder)}")
+    return str(job_path)
+
+
+def _tokenize(system: str, values: dict, tokens: Path) -> dict:
+    """Tokenize the labelled rows and their validation rows. Returns what there is to know of both."""
+    tokenizer = models.load_tokenizer(values["student_model"])
+    labeled, max_length = Path(values["labeled_path"]), values["max_length"]
+    rows = data.write_tokenized(labeled, tokenizer, max_length, system, tokens)
+    data.require_rows(rows, labeled, max_length, system)
+    counts = {"labeled_sha256": store.hash_file(labeled), "train": _counts(rows)}
+    if data.validation_path(labeled).is_file():
+        validation = data.write_tokenized(data.validation_path(labeled), tokenizer, max_length, system, data.validation_path(tokens))
+        counts["validation"] = _counts(validation)
+        if not validation.kept:
+            validation.path.unlink()
+    for name, count in counts.items():
+        if isinstance(count, dict):
+            say(f"{name}: {count['kept']:,} rows, the longest {count['longest']:,} tokens; {count['too_long']:,} too long and dropped")
+    return counts
+
+
+def _counts(tokenized: data.Tokenized) -> dict:
+    return {name: getattr(tokenized, name) for name in ("kept", "too_long", "longest", "supervised")}
+
+
+def show_settings(settings: Settings) -> None:
+    """Print every setting with where it came from, and the notes."""
+    rows = [[name, json.dumps(value), settings.origins[name]] for name, value in settings.values.items()]
+    table("Settings", ["setting", "value", "from"], rows)
+    for note in settings.notes:
+        say(f"note: {note}")
+
+
+def _with_origins(settings: Settings) -> dict:
+    return {name: {"value": value, "origin": settings.origins[name]} for name, value in settings.values.items()}
+
+
+@contextmanager
+def _new_run_folder(name: str):
+    """A new folder in `runs/`; gone again if the block raises."""
+    folder = store.ROOT / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "x")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _run_folder_of(job: dict) -> Path:
+    """The folder of a job's token file: the run that the file was made for."""
+    return Path(job["dataset"]["labeled_path"]).parent

@@ -1,0 +1,181 @@
+"""Where rows come from: a hub dataset, a local JSON, JSON-lines or Parquet file or folder, or a weighted mixture of them.
+
+Rows are streamed, so memory does not grow with their number. `datasets` refuses slices of a stream, so a slice is a skip and a take here.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from . import store
+from .errors import ConfigError, DataError, DistillError, did_you_mean, shortened
+from .models import hub_info
+
+ROW_FIELDS = ("instruction", "input", "output")
+ENTRY_KEYS = ("source", "columns", "weight", "slice")
+JSON_SUFFIXES = (".json", ".jsonl")
+_SLICE = re.compile(r"(?P<split>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place to read rows from.
+
+    name     hub name, or path of a file or folder
+    columns  row field → column of the source, for those that differ
+    weight   its share of a mixture, > 0
+    slice    rows to read, e.g. "train[:1000]" or "train[10%:20%]"
+    """
+
+    name: str
+    columns: dict
+    weight: float
+    slice: str
+
+    def column(self, field: str) -> str:
+        return self.columns.get(field, field)
+
+
+def parse_sources(source, columns: dict | None, slice_str: str) -> list[Source]:
+    """The sources that a user's `source` means: a name or path, or a list of {source, columns, weight, slice} to mix.
+
+    Raises ConfigError that lists every problem at once.
+    """
+    entries = source if isinstance(source, list) else [{"source": source, "columns": columns}]
+    if isinstance(source, list) and columns:
+        raise ConfigError("columns and a list of sources: give each source its own columns.")
+    problems, sources = [], []
+    for number, entry in enumerate(entries):
+        entry = entry if isinstance(entry, dict) else {"source": entry}
+        found = _entry_problems(entry, slice_str)
+        problems += [f"source {number}: {problem}" for problem in found]
+        if not found:
+            name, names = str(entry["source"]), dict(entry.get("columns") or {})
+            sources.append(Source(name, names, float(entry.get("weight", 1)), entry.get("slice", slice_str)))
+    if not entries:
+        problems.append("source: the list is empty.")
+    if problems:
+        raise ConfigError.from_problems("source", problems)
+    return sources
+
+
+def _entry_problems(entry: dict, slice_str: str) -> list[str]:
+    problems = [f"{key}: no such key.{did_you_mean(key, ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
+    if not str(entry.get("source") or "").strip():
+        problems.append("names no hub dataset, file or folder.")
+    weight, columns = entry.get("weight", 1), entry.get("columns") or {}
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        problems.append(f"weight = {weight!r}: must be a number above 0.")
+    if not isinstance(columns, dict):
+        return [*problems, f"columns = {columns!r}: give a dict such as {{'instruction': 'question', 'output': 'answer'}}."]
+    problems += [f"columns.{key}: a row has no such field.{did_you_mean(key, ROW_FIELDS)}" for key in columns if key not in ROW_FIELDS]
+    text = entry.get("slice", slice_str)
+    if not isinstance(text, str) or not _SLICE.fullmatch(text):
+        problems.append(f"slice {text!r}: write train, train[:1000], train[500:1500] or train[10%:20%].")
+    return problems
+
+
+def mix(sources: list[Source], seed: int) -> Iterator[tuple[Source, dict]]:
+    """Draw rows from several sources in the shares of their weights, reproducibly; ends when one of them is used up.
+
+    Ending there keeps the shares: going on would fill up with what is left.
+    """
+    streams = [stream(source) for source in sources]
+    weights = [source.weight for source in sources]
+    draw = random.Random(seed)
+    while True:
+        (chosen,) = draw.choices(range(len(sources)), weights)
+        row = next(streams[chosen], None)
+        if row is None:
+            return
+        yield sources[chosen], row
+
+
+def stream(source: Source) -> Iterator[dict]:
+    """The rows of one source's slice, one at a time, as the source has them.
+
+    Raises DataError for a file that cannot be read, ConfigError for a name that is neither here nor on the hub.
+    """
+    split, start, stop = _SLICE.fullmatch(source.slice).group("split", "start", "stop")
+    files = local_files(source.name)
+    if files and all(file.suffix in JSON_SUFFIXES for file in files):
+        _require_train(source, split)
+        first, last = _bounds(start, stop, lambda: sum(1 for file in files for _ in store.read_rows(file)))
+        return islice(chain.from_iterable(store.read_rows(file) for file in files), first, last)
+    if files:
+        _require_train(source, split)
+        return _streamed(source, ("parquet",), {"data_files": {"train": [str(file) for file in files]}}, split, start, stop)
+    revision = hub_info("dataset", source.name).sha
+    return _streamed(source, (source.name,), {"revision": revision}, split, start, stop)
+
+
+def local_files(name: str) -> list[Path]:
+    """The data files that a path means, in order; empty for a hub name. Raises DataError for a path that is not there."""
+    path = store.resolve(name)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in (*JSON_SUFFIXES, ".parquet"))
+        if not files:
+            raise DataError(f"{store.shown(path)} holds no .parquet, .json or .jsonl file.")
+        if len({file.suffix == ".parquet" for file in files}) > 1:
+            raise DataError(f"{store.shown(path)} holds both Parquet and JSON files: name the files you mean, as a list of sources.")
+        return files
+    if path.is_file():
+        if path.suffix not in (*JSON_SUFFIXES, ".parquet"):
+            raise DataError(f"{store.shown(path)}: a data file is .parquet, .json or .jsonl.")
+        return [path]
+    if path.suffix in (*JSON_SUFFIXES, ".parquet") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"{store.shown(path)} does not exist.")
+    return []
+
+
+def _require_train(source: Source, split: str) -> None:
+    if split != "train":
+        raise DataError(f"{source.name} has no split {split!r}: a local file has one, train.")
+
+
+def _streamed(source: Source, args: tuple, kwargs: dict, split: str, start, stop) -> Iterator[dict]:
+    """Rows that `datasets` streams. Its own metadata are not checked: OmniThought's disagree with its files."""
+    from datasets import load_dataset
+
+    try:
+        first, last = _bounds(start, stop, lambda: _parquet_rows(args, kwargs, split))
+        rows = load_dataset(*args, **kwargs, split=split, streaming=True, verification_mode="no_checks").skip(first)
+        yield from rows if last is None else rows.take(max(last - first, 0))
+    except DistillError:
+        raise
+    except Exception as error:
+        raise DataError(f"{source.name} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
+
+
+def _parquet_rows(args: tuple, kwargs: dict, split: str) -> int:
+    """How many rows a split has, by the footers of its Parquet files: a few kilobytes of each."""
+    import fsspec
+    import pyarrow.parquet
+    from datasets import load_dataset_builder
+
+    count = 0
+    for file in load_dataset_builder(*args, **kwargs).config.data_files[split]:
+        if not str(file).endswith(".parquet"):
+            raise ConfigError(f"A share or a negative row number needs Parquet files, and {file} is none. Use row numbers such as train[:1000].")
+        with fsspec.open(str(file), "rb") as handle:
+            count += pyarrow.parquet.read_metadata(handle).num_rows
+    return count
+
+
+def _bounds(start: str | None, stop: str | None, count: Callable[[], int]) -> tuple[int, int | None]:
+    """A slice's bounds as row numbers; the rows are counted only where a share or a negative number asks for it."""
+    marks = [mark for mark in (start, stop) if mark]
+    total = count() if any("%" in mark or mark.startswith("-") for mark in marks) else None
+    return _row_number(start, total) or 0, _row_number(stop, total)
+
+
+def _row_number(mark: str | None, total: int | None) -> int | None:
+    if not mark:
+        return None
+    number = round(total * int(mark[:-1]) / 100) if mark.endswith("%") else int(mark)
+    if mark.startswith("-"):
+        number += total
+    return max(number, 0) if total is None else min(max(number, 0), total)

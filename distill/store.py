@@ -1,0 +1,348 @@
+"""Files that are whole or absent: atomic writes, content hashes, manifests, locks. Every other module writes through here.
+
+A reader never sees half a file: text and folders are made under a temporary name beside their place and renamed into it.
+A temporary name carries the writer's process id, so that the next writer sweeps away what a killed one left.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ConfigError, DataError, DistillError, shortened
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = "manifest.json"
+READ_CHARS = 1 << 20
+_BETWEEN_ITEMS = {" ", "\t", "\r", "\n", ","}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+def resolve(path: str | Path) -> Path:
+    """An absolute path; a relative one counts from the project's root, whatever the working directory."""
+    return Path(os.path.normpath(ROOT / Path(path).expanduser()))
+
+
+def shown(path: str | Path) -> str:
+    """A path as a message names it: relative to the project where it lies inside."""
+    path = resolve(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# Writing
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
+    """Open a temporary file that takes the name `path` when the block ends, and vanishes if the block raises.
+
+    mode    "w" (UTF-8 text) or "wb"
+    Raises ConfigError where the place cannot be written to.
+    """
+    path = resolve(path)
+    with _cannot_write(path), _folder_for(path) as temporary:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` when the block ends, and vanishes if the block raises.
+
+    A folder that stood at `path` is kept as `<path>.previous`; the one that stood there before is removed.
+    """
+    path = resolve(path)
+    with _cannot_write(path), _folder_for(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        publish_folder(temporary, path)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, keeping what stood there as `<path>.previous`."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    previous = path.with_name(path.name + ".previous")
+    if path.exists():
+        outdated = _temporary_name(previous)
+        if previous.exists():
+            previous.rename(outdated)
+        path.rename(previous)
+        temporary.rename(path)
+        shutil.rmtree(outdated, ignore_errors=True)
+    else:
+        temporary.rename(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ConfigError unless a file or folder could be made at `path`; nothing stays behind."""
+    path = resolve(path)
+    with _cannot_write(path), _folder_for(path) as temporary:
+        temporary.touch()
+
+
+@contextmanager
+def _folder_for(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, its parents made; on an error both are gone again."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    temporary = _temporary_name(path)
+    published = False
+    try:
+        yield temporary
+        published = path.exists()
+    finally:
+        _remove(temporary)
+        if not published:
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+@contextmanager
+def _cannot_write(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not _is_about(error, path):
+            raise
+        raise ConfigError(f"Cannot write {shown(path)}: {error.strerror}. Choose another folder or free some space.") from error
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether an error arose in writing at `path`, rather than in the block's own work."""
+    if error.filename is None:
+        return error.errno in _DISK_ERRORS
+    place = Path(os.fsdecode(error.filename))
+    return place.is_relative_to(path.parent) or place in path.parents
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files and folders that dead processes left for `path`."""
+    for leftover in path.parent.glob(f".{_glob_escape(path.name)}.tmp-*"):
+        pid = leftover.name.rsplit(".tmp-", 1)[1].split("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and not is_alive(int(pid)):
+            _remove(leftover)
+
+
+def _glob_escape(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# JSON and rows
+
+
+def write_json(path: str | Path, value) -> Path:
+    """Write one JSON value, indented, keys in their given order."""
+    with atomic_file(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    return resolve(path)
+
+
+def read_json(path: str | Path):
+    """Read one JSON value. Raises DataError that names the place of a mistake."""
+    path = resolve(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise DataError(f"{shown(path)} does not exist.") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{shown(path)} cannot be read as JSON: {shortened(error)}.") from error
+
+
+def append_json_line(path: Path, value) -> None:
+    """Add one JSON value as one line, in a single write, so that a reader never meets half of an earlier line."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
+def write_rows(path: str | Path, rows: Iterable[dict]) -> int:
+    """Write rows as a JSON list, one row a line, in memory that does not grow with their number. Returns how many."""
+    count = 0
+    with atomic_file(path) as file:
+        file.write("[")
+        for row in rows:
+            file.write(("," if count else "") + "\n" + json.dumps(row, ensure_ascii=False))
+            count += 1
+        file.write("\n]\n")
+    return count
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write rows as JSON lines."""
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_parquet(path: str | Path, rows: list[dict]) -> None:
+    """Write rows as one Parquet file, column types as the rows have them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with atomic_file(path, "wb") as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, compression="zstd")
+
+
+def read_rows(path: str | Path) -> Iterator[dict]:
+    """Yield the rows of a JSON list or a JSON-lines file, one at a time, in memory that does not grow with the file.
+
+    Raises DataError naming the line or the character where the file stops being JSON objects.
+    """
+    path = resolve(path)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = file.read(1)
+            while first.isspace():
+                first = file.read(1)
+            rows = _list_items(file) if first == "[" else _lines(file, first)
+            for number, row in enumerate(rows):
+                if not isinstance(row, dict):
+                    raise DataError(f"{shown(path)}: row {number} is no JSON object but {shortened(json.dumps(row), 60)}.")
+                yield row
+    except FileNotFoundError as error:
+        raise DataError(f"{shown(path)} does not exist.") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{shown(path)} is not a JSON list or JSON lines: {shortened(error)}.") from error
+
+
+def _lines(file, first: str) -> Iterator:
+    """Rows of a JSON-lines file whose first character has been read already."""
+    for number, line in enumerate(file, start=1):
+        line, first = first + line, ""
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+
+
+def _list_items(file) -> Iterator:
+    """Items of a JSON list whose opening bracket has been read already."""
+    decode, buffer, position, wanted = json.JSONDecoder().raw_decode, "", 0, READ_CHARS
+    ended = False
+    while True:
+        while buffer[position : position + 1] in _BETWEEN_ITEMS:
+            position += 1
+        if buffer[position : position + 1] == "]":
+            if (buffer[position + 1 :] + file.read()).strip():
+                raise ValueError("text follows the list's end")
+            return
+        try:
+            item, position = decode(buffer, position)
+        except ValueError:
+            if ended:
+                rest = buffer[position:]
+                raise ValueError(f"breaks off near {shortened(rest, 60)!r}" if rest else "ends before its list does") from None
+            # an item longer than the buffer: twice as much each time, so that a huge row costs linear time
+            text = file.read(wanted)
+            buffer, position, ended, wanted = buffer[position:] + text, 0, not text, wanted * 2
+        else:
+            wanted = READ_CHARS
+            yield item
+
+
+# Hashes and manifests
+
+
+def hash_json(value) -> str:
+    """SHA-256 (hex) of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(target: Path, facts: dict, *, name: str = MANIFEST, files: Iterable[Path] | None = None) -> None:
+    """Write the manifest that says `target` is complete; call it last.
+
+    target  a folder (the manifest lies inside, as `name`) or a file (it lies beside, as `<file>.manifest.json`)
+    files   what is hashed; by default all files of the folder, or the file itself
+    """
+    place = _manifest_place(target, name)
+    files = sorted(files or ([f for f in target.rglob("*") if f.is_file() and f != place] if target.is_dir() else [target]))
+    hashed = {
+        str(file.relative_to(place.parent)): {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files
+    }
+    write_json(place, {**facts, "files": hashed})
+
+
+def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
+    """The manifest of a folder or file; None where there is none. Raises DataError where a file is missing or changed."""
+    place = _manifest_place(resolve(target), name)
+    if not place.is_file():
+        return None
+    manifest = read_json(place)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise DataError(f"{shown(place)} is no manifest: it lists no files.")
+    for relative, fact in files.items():
+        file = place.parent / relative
+        if not file.is_file() or file.stat().st_size != fact["bytes"] or hash_file(file) != fact["sha256"]:
+            raise DataError(
+                f"{shown(file)} is missing or is not what {shown(place)} recorded: its making was interrupted, or it was changed since."
+            )
+    return manifest
+
+
+def _manifest_place(target: Path, name: str) -> Path:
+    return target / name if target.is_dir() else target.with_name(f"{target.name}.manifest.json")
+
+
+# Locks
+
+
+@contextmanager
+def lock(target: str | Path) -> Iterator[None]:
+    """Hold `target` for this process alone; a second run on the same place is refused at once.
+
+    The lock goes with the process, so that a killed run leaves nothing locked.
+    """
+    from filelock import FileLock, Timeout
+
+    target = resolve(target)
+    place = ROOT / "runs" / ".locks" / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:24]}.lock"
+    with _cannot_write(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(place).acquire(blocking=False)
+    except Timeout as error:
+        raise DistillError(f"Another run is writing {shown(target)} now. Wait for it, or choose another place.") from error
+    with held:
+        yield
