@@ -1,0 +1,96 @@
+"""What the repository promises as a whole: layers, a light import, commands that exist."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each module imports only modules to its left.
+LAYERS = (
+    "errors console store config prompt models sources data engine train evaluate microtasks microlab pipeline demo cli".split()  # noqa: SIM905
+)
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the lab's modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_layer():
+    assert sorted(path.stem for path in (ROOT / "distill").glob("*.py") if path.stem != "__init__") == sorted(LAYERS)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_modules_import_only_upward(module):
+    above = set(LAYERS[: LAYERS.index(module)])
+    assert imported(ROOT / "distill" / f"{module}.py") <= above
+
+
+def python(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def test_import_leaves_heavy_packages_unloaded():
+    heavy = ["torch", "transformers", "trl", "datasets", "huggingface_hub", "pyarrow", "numpy"]
+    done = python(f"import distill_app, sys; print([name for name in {heavy} if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_import_takes_less_than_300_ms():
+    code = "import time; start = time.perf_counter(); import distill_app; print(time.perf_counter() - start)"
+    assert min(float(python(code).stdout) for _ in range(3)) < 0.3
+
+
+def test_everything_in_all_exists():
+    import distill_app
+
+    assert all(hasattr(distill_app, name) for name in distill_app.__all__)
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_readme_names_only_commands_that_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    helps = python("import distill_app, sys; from distill.cli import main; main(['--help'])").stdout
+    commands = readme_commands()
+    assert any(command.startswith("make ") for command in commands)
+    for command in commands:
+        if command.startswith("make "):
+            assert command.split()[1] in targets, command
+        if "distill_app.py" in command:
+            assert re.search(rf"^ +{command.split('distill_app.py ')[1].split()[0]}\b", helps, re.M), command
+
+
+def test_no_line_of_the_requirements_asks_for_the_empty_easydistill_placeholder():
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+        lines = (ROOT / name).read_text(encoding="utf-8").lower().splitlines()
+        assert not [line for line in lines if line.startswith("easydistill")]
+
+
+def test_constraints_pin_every_requirement_exactly():
+    pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = [line for name in ("requirements.txt", "requirements-dev.txt") for line in (ROOT / name).read_text().splitlines()]
+    wanted = {re.split(r"[<>=]", line)[0].lower().replace("_", "-") for line in wanted if line and not line.startswith("#")}
+    assert wanted <= pinned
+
+
+def test_help_answers_within_two_seconds():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "distill_app.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "demo" in done.stdout and time.monotonic() - start < 2

@@ -1,0 +1,209 @@
+"""The built-in engine for real: one small training by subprocess, its checkpoint, its failures and its interruptions."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distill import store, train
+from distill.errors import BackendError
+from distill.models import load_student
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_run):
+    return Path(small_run["checkpoint"])
+
+
+def test_checkpoint_is_complete_and_sealed(checkpoint):
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "distill_run.json"} <= names
+    record = store.read_manifest(checkpoint, name=train.RUN_RECORD)
+    assert set(record["files"]) == names - {"distill_run.json"}
+    assert record["backend"] == "builtin" and record["versions"]["trl"] and record["job"]["job_type"] == "kd_black_box_train_only"
+    assert record["settings"]["learning_rate"] == {"value": 0.002, "origin": "preset micro_system1"}
+    assert record["settings"]["num_train_epochs"]["origin"] == "yours"
+
+
+def test_checkpoint_loads_plainly_and_stops_at_the_end_of_turn(checkpoint):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+    assert tokenizer.chat_template
+
+
+def test_every_parameter_moved(checkpoint, micro):
+    student, _ = load_student(str(micro / "student_system1"))
+    before = train.weight_hashes(student)
+    assert train.verify_checkpoint(checkpoint, before) == len(before)
+
+
+def test_training_taught_something(small_run, checkpoint):
+    metrics = store.read_json(checkpoint / train.RUN_RECORD)["metrics"]
+    assert metrics["last_loss"] < 0.8 * metrics["first_loss"]
+    assert metrics["best_validation_loss"] == min(metrics["validation_loss"])
+    assert len(metrics["validation_loss"]) == 2  # one an epoch
+
+
+def test_metrics_are_json_lines_with_loss_and_learning_rate(small_run):
+    lines = [json.loads(line) for line in (small_run["run"] / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert logged and all({"step", "steps", "loss", "learning_rate", "time"} <= set(line) for line in logged)
+    assert any("eval_loss" in line for line in lines)
+
+
+def test_last_checkpoint_is_kept_in_the_run_folder_and_optimizer_states_are_not(small_run):
+    last = small_run["run"] / "last"
+    load_student(str(last))
+    assert not list(small_run["run"].rglob("optimizer.pt")) and not (small_run["run"] / "checkpoints").exists()
+
+
+def test_best_and_last_differ_when_validation_worsens(tmp_path, micro, make_job):
+    """A student that is taught noise overfits: the published checkpoint is the one with the lowest validation loss."""
+    rows = [{"instruction": f"Sort from low to high the digits {number}.", "output": str(number * 7919 % 10000)} for number in range(64)]
+    job = make_job(tmp_path, rows, validation=rows[:1] + [{"instruction": "Say odd.", "output": "even"}] * 20, num_epochs=6, learning_rate=8e-3)
+    result = train.run(job, tmp_path / "run", "test")
+    losses = result.metrics["validation_loss"]
+    assert result.metrics["best_validation_loss"] == min(losses) < losses[-1]
+    best, last = (train.weight_hashes(load_student(str(path))[0]) for path in (result.checkpoint, tmp_path / "run" / "last"))
+    assert best != last
+
+
+def test_settings_become_arguments_that_trl_accepts(tmp_path):
+    from trl import SFTConfig
+
+    preset = json.loads((ROOT / "configs/presets/system1.json").read_text())
+    training = {key: value for key, value in preset.items() if key in {field.name for field in dataclasses.fields(SFTConfig)} | {"warmup_ratio"}}
+    arguments = SFTConfig(**train.sft_settings({**training, "num_train_epochs": 3}, str(tmp_path), validate=True), use_cpu=True)
+    assert arguments.warmup_steps == 0.1 and arguments.get_warmup_steps(200) == 20
+    assert not arguments.bf16 and not arguments.gradient_checkpointing and arguments.completion_only_loss
+    assert arguments.eval_strategy == arguments.save_strategy == "epoch" and arguments.load_best_model_at_end
+
+
+def test_loss_is_the_mean_over_answer_tokens_and_nothing_else(tmp_path, micro, make_job):
+    """The engine's own first loss against a plain float64 cross-entropy over the supervised positions."""
+    import torch
+
+    rows = [{"instruction": "Is 1234 even or odd?", "output": "even"}, {"instruction": "Sort from low to high the digits 4312.", "output": "1234"}]
+    job = make_job(tmp_path, rows, per_device_train_batch_size=2, max_steps=1, logging_steps=1, warmup_ratio=0.0)
+    result = train.run(job, tmp_path / "run", "test")
+    model, _ = load_student(str(micro / "student_system1"))
+    model = model.double().eval()
+    total, count = 0.0, 0
+    for row in store.read_rows(store.read_json(job)["dataset"]["labeled_path"]):
+        ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"], dtype=torch.bool)
+        logprobs = torch.log_softmax(model(ids[None]).logits[0], -1)
+        total -= logprobs[:-1].gather(1, ids[1:, None])[mask[1:], 0].sum().item()
+        count += int(mask.sum())
+    assert result.metrics["first_loss"] == pytest.approx(total / count, abs=2e-4)
+
+
+def test_accumulated_steps_equal_one_big_batch(tmp_path, make_job, prepared_rows):
+    """8 rows at once and 1 × 8 accumulated give the same weights, to rounding: the loss is a mean over tokens, not over batches."""
+    import torch
+
+    outcomes = []
+    for name, size, accumulation in (("big", 8, 1), ("accumulated", 1, 8)):
+        folder = tmp_path / name
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 3, "optim": "sgd"}
+        job = make_job(folder, prepared_rows[:24], learning_rate=1e-2, warmup_ratio=0.0, **settings)
+        outcomes.append(load_student(train.run(job, folder / "run", "test").checkpoint)[0])
+    pairs = zip(outcomes[0].parameters(), outcomes[1].parameters(), strict=True)
+    assert max((left - right).abs().max().item() for left, right in pairs if torch.numel(left)) < 1e-5
+
+
+def test_a_job_whose_rows_are_not_tokenized_is_refused_with_the_reason(tmp_path, make_job):
+    job = make_job(tmp_path, [{"instruction": "Is 1234 even or odd?", "output": "even"}])
+    changed = store.read_json(job)
+    store.write_rows(tmp_path / "text.json", [{"instruction": "a", "output": "b"}])
+    changed["dataset"]["labeled_path"] = str(tmp_path / "text.json")
+    store.write_json(job, changed)
+    with pytest.raises(BackendError, match="no token file of the lab"):
+        train.run(job, tmp_path / "run", "test")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_change_are_a_failure(tmp_path, make_job):
+    job = make_job(tmp_path, [{"instruction": "Is 1234 even or odd?", "output": "even"}], learning_rate=1e-9, max_steps=1, warmup_steps=1000, warmup_ratio=0.0)
+    with pytest.raises(BackendError, match="nothing was learnt"):
+        train.run(job, tmp_path / "run", "test")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_training_keeps_the_first_checkpoint_as_previous(tmp_path, make_job):
+    rows = [{"instruction": "Is 1234 even or odd?", "output": "even"}]
+    job = make_job(tmp_path, rows, max_steps=1, warmup_ratio=0.0)
+    first = train.run(job, tmp_path / "run", "test")
+    kept = train.weight_hashes(load_student(first.checkpoint)[0])
+    train.run(make_job(tmp_path, rows, max_steps=2, warmup_ratio=0.0), tmp_path / "run", "test")
+    assert train.weight_hashes(load_student(f"{first.checkpoint}.previous")[0]) == kept
+
+
+# Interruptions: each starts the command line in a process of its own, over an older checkpoint that must survive
+
+
+@pytest.fixture
+def long_run(tmp_path, make_job, prepared_rows):
+    """A training of many steps, started as a command over a checkpoint that stands already; yields (process, folder, old hashes)."""
+    first = train.run(make_job(tmp_path, prepared_rows[:8], max_steps=1, warmup_ratio=0.0), tmp_path / "run", "test")
+    old = {path.name: store.hash_file(path) for path in Path(first.checkpoint).iterdir()}
+    job = make_job(tmp_path, prepared_rows * 4, num_epochs=50, save_strategy="steps", save_steps=4)
+    code = f"from distill_app import run_easy_distill; run_easy_distill({str(job)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("checkpoint-*")), 90)
+    yield process, tmp_path, old
+    process.kill()
+
+
+def wait_for(condition, seconds: float):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
+
+
+def engine_of(process) -> psutil.Process:
+    return next(child for child in psutil.Process(process.pid).children(recursive=True) if "distill.train" in " ".join(child.cmdline()))
+
+
+def assert_untouched(folder: Path, old: dict):
+    assert {path.name: store.hash_file(path) for path in (folder / "out").iterdir()} == old
+    assert not [path.name for path in folder.iterdir() if ".tmp-" in path.name]
+    assert store.read_manifest(folder / "out", name=train.RUN_RECORD)
+
+
+def test_a_killed_engine_is_an_error_that_shows_the_log_and_changes_nothing(long_run):
+    process, folder, old = long_run
+    engine_of(process).kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "BackendError" in output and "SIGKILL" in output and "'loss'" in output
+    assert_untouched(folder, old)
+
+
+def test_a_killed_lab_takes_its_engine_along_and_changes_nothing(long_run):
+    process, folder, old = long_run
+    engine = engine_of(process)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 15)
+    assert_untouched(folder, old)
+
+
+def test_an_interrupt_ends_the_engine_and_changes_nothing(long_run):
+    process, folder, old = long_run
+    engine = engine_of(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode != 0 and not engine.is_running()
+    assert_untouched(folder, old)
