@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_demo, _add_prepare_system1, _add_system1, _add_build_micro):
-        add(commands).add_argument("--json", action="store_true", help="print the result as JSON on standard output, all else on standard error")
+        add(commands).add_argument(
+            "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"
+        )
     return parser
 
 
@@ -63,9 +65,13 @@ def _add_prepare_system1(commands) -> argparse.ArgumentParser:
     from .data import DISTILQWEN
 
     parser = commands.add_parser("prepare-system1", help="make the labelled rows that System 1 is trained on")
-    parser.add_argument("--source", default=DISTILQWEN, help=f"hub dataset, or JSON, JSONL or Parquet file or folder (default {DISTILQWEN})")
+    parser.add_argument(
+        "--source", default=DISTILQWEN, help=f"hub dataset, or JSON, JSONL or Parquet file or folder (default {DISTILQWEN})"
+    )
     parser.add_argument("--mix", metavar="FILE", help="instead: a JSON list of {source, columns, weight, slice} to mix")
-    parser.add_argument("--slice", default="train[:1000]", help="source rows to read: train, train[:1000], train[10%%:20%%] (default train[:1000])")
+    parser.add_argument(
+        "--slice", default="train[:1000]", help="source rows to read: train, train[:1000], train[10%%:20%%] (default train[:1000])"
+    )
     parser.add_argument("--columns", metavar="FIELD=COLUMN,…", help="e.g. instruction=question,output=answer")
     parser.add_argument("--rows", type=int, help="how many rows to keep (default: all that are read)")
     parser.add_argument("--validation", type=float, default=0.05, help="share of the rows split off for validation (default 0.05)")

@@ -6,7 +6,7 @@ the nested JSON that `easydistill --config` and the built-in engine both read, a
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ TEMPLATE = store.ROOT / "configs" / "easydistill_template.jinja"
 JOB_TYPES = ("kd_black_box_train_only",)
 BACKENDS = ("auto", "builtin")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+ALTERNATIVES = (("warmup_ratio", "warmup_steps"), ("save_strategy", "save_steps"))
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
 
 
@@ -49,7 +50,7 @@ class Setting:
 _KIND_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 _FP32 = "The built-in engine trains in fp32 so far; leave it out."
 
-# EasyDistill's `training` block: names as in trl's SFTConfig. `warmup_ratio` is EasyDistill's; the engine translates it.
+# EasyDistill's `training` block: names as in its trl's SFTConfig; the engine translates those that a newer trl calls otherwise.
 TRAINING = {
     "num_train_epochs": Setting(float, 0.001, 1000),
     "max_steps": Setting(int, -1, 10_000_000, why="-1 trains whole epochs."),
@@ -70,6 +71,7 @@ TRAINING = {
     "label_smoothing_factor": Setting(float, 0, 0.99),
     "neftune_noise_alpha": Setting(float, 0, 1000),
     "gradient_checkpointing": Setting(bool),
+    "group_by_length": Setting(bool),
     "bf16": Setting(bool, choices=(False,), why=_FP32),
     "fp16": Setting(bool, choices=(False,), why=_FP32),
     "completion_only_loss": Setting(bool, choices=(True,), why="The lab supervises the answer alone."),
@@ -90,7 +92,7 @@ JOB_SECTIONS = {
     "training": ("output_dir", *TRAINING),
     # A train-only job reads neither; EasyDistill's own job files carry them.
     "inference": (
-        "base_url", "chat_template", "enable_chunked_prefill", "enforce_eager", "gpu_memory_utilization", "max_model_len",
+        "base_url", "enable_chunked_prefill", "enforce_eager", "gpu_memory_utilization", "max_model_len",
         "max_new_tokens", "seed", "stream", "system_prompt", "temperature", "top_logits_num", "trust_remote_code",
     ),
     "distillation": ("distillation_type", "kd_ratio", "max_seq_length"),
@@ -118,14 +120,20 @@ def resolve(user: Mapping | None, preset: str) -> Settings:
     Raises ConfigError that lists every problem at once.
     """
     if not isinstance(user or {}, Mapping):
-        raise ConfigError(f"The configuration is a {type(user).__name__}; give a dict such as {{'student_model': 'Qwen/Qwen2.5-0.5B-Instruct'}}.")
+        raise ConfigError(
+            f"The configuration is a {type(user).__name__}; give a dict such as {{'student_model': 'Qwen/Qwen2.5-0.5B-Instruct'}}."
+        )
     user = dict(user or {})
-    preset = user.pop("preset", preset)
-    yours, problems = _one_epochs_key(user)
-    base, unknown = _one_epochs_key(read_preset(preset))
-    values = {**base, **{key: value for key, value in yours.items() if value is not None}}
-    origins = {key: "yours" if yours.get(key) is not None else f"preset {preset}" for key in values}
-    problems += unknown + _flat_problems(values)
+    preset = user.pop("preset", None) or preset
+    unset = _unknown_keys(key for key, value in user.items() if value is None)
+    yours, problems = _one_epochs_key({key: value for key, value in user.items() if value is not None})
+    base, twice = _one_epochs_key(read_preset(preset))
+    for together in ALTERNATIVES:  # one decision under two names: where you say one, the preset's gives way
+        if any(key in yours for key in together):
+            base = {key: value for key, value in base.items() if key not in together}
+    values = {**base, **yours}
+    origins = {key: "yours" if key in yours else f"preset {preset}" for key in values}
+    problems += twice + unset + _flat_problems(values)
     if problems:
         raise ConfigError.from_problems("your configuration" if user else f"preset {preset}", problems)
     notes = []
@@ -149,7 +157,7 @@ def _one_epochs_key(settings: dict) -> tuple[dict, list[str]]:
 def read_preset(name: str) -> dict:
     """A preset by its name in `configs/presets`, or by the path of a JSON file."""
     shipped = sorted(path.stem for path in PRESETS.glob("*.json"))
-    path = store.resolve(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
+    path = store.resolve(name) if str(name).endswith(".json") else store.resolve(PRESETS / f"{name}.json")
     if not path.is_file():
         raise ConfigError(f"preset = {name!r}: there is no such preset.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}.")
     preset = store.read_json(path)
@@ -158,9 +166,13 @@ def read_preset(name: str) -> dict:
     return preset
 
 
-def _flat_problems(values: dict) -> list[str]:
+def _unknown_keys(keys: Iterable) -> list[str]:
     known = (*USER_KEYS, *TRAINING)
-    problems = [f"{key}: no such setting.{did_you_mean(key, known)}" for key in values if key not in known]
+    return [f"{key}: no such setting.{did_you_mean(key, known)}" for key in keys if key not in known]
+
+
+def _flat_problems(values: dict) -> list[str]:
+    problems = _unknown_keys(values)
     problems += [f"{key}: is needed and has no value." for key in NEEDED if key not in values]
     for key in ("teacher_model", "student_model", "labeled_path", "out_dir", "config_path", "template_path"):
         if key in values and not (isinstance(values[key], str | Path) and str(values[key]).strip()):
@@ -175,6 +187,8 @@ def _training_problems(values: dict, prefix: str) -> list[str]:
     problems = [f"{prefix}{key} = {values[key]!r}: {what}" for key, what in found if what]
     if values.get("warmup_ratio") and values.get("warmup_steps"):
         problems.append(f"{prefix}warmup_ratio and {prefix}warmup_steps are two ways to say one thing: give only one.")
+    if values.get("save_strategy") == "epoch" and "save_steps" in values:
+        problems.append(f"{prefix}save_steps = {values['save_steps']!r}: has no effect under {prefix}save_strategy = 'epoch'; drop one.")
     if values.get("save_strategy") == "steps" and "save_steps" not in values:
         problems.append(f"{prefix}save_strategy = 'steps' needs {prefix}save_steps.")
     return problems
@@ -230,7 +244,9 @@ def job_problems(job) -> list[str]:
     problems = []
     if job.get("job_type") not in JOB_TYPES:
         problems.append(f"job_type = {job.get('job_type')!r}: is not one of {', '.join(JOB_TYPES)}.")
-    problems += [f"{key}: no such section.{did_you_mean(key, JOB_SECTIONS)}" for key in job if key != "job_type" and key not in JOB_SECTIONS]
+    problems += [
+        f"{key}: no such section.{did_you_mean(key, JOB_SECTIONS)}" for key in job if key != "job_type" and key not in JOB_SECTIONS
+    ]
     for section, known in JOB_SECTIONS.items():
         block = job.get(section)
         if not isinstance(block, dict):
@@ -238,7 +254,11 @@ def job_problems(job) -> list[str]:
                 problems.append(f"{section}: is missing or no JSON object.")
             continue
         problems += [f"{section}.{key}: no such setting.{did_you_mean(key, known)}" for key in block if key not in known]
-        problems += [f"{section}.{key}: is needed and has no value." for key in NEEDED_IN_JOB.get(section, ()) if block.get(key) in (None, "")]
+        problems += [
+            f"{section}.{key}: is needed and has no value." for key in NEEDED_IN_JOB.get(section, ()) if block.get(key) in (None, "")
+        ]
+    models = _section(job, "models")
+    problems += [f"models.{key} = {models[key]!r}: is no path or name." for key in models if not isinstance(models[key], str | None)]
     return problems + _path_problems(job) + _training_problems(_section(job, "training"), prefix="training.")
 
 

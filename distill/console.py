@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,7 +23,7 @@ def say(text: str = "") -> None:
 
 def table(title: str, columns: list[str], rows: list[list]) -> None:
     """Print a table; all but the first column are aligned to the right."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:

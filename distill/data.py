@@ -72,8 +72,7 @@ def prepare_system1_dataset(
     """
     _check_arguments(rows, validation, seed)
     sources = parse_sources(source, columns, slice_str)
-    for path in (out_instructions, out_labeled):
-        store.check_writable(path)
+    _check_places(sources, store.resolve(out_instructions), store.resolve(out_labeled))
     with store.lock(out_labeled), closing(_Spool()) as spool:
         try:
             counts = _read_into(spool, mix(sources, seed), rows)
@@ -100,10 +99,29 @@ def _check_arguments(rows, validation, seed) -> None:
         raise ConfigError.from_problems("the data settings", problems)
 
 
+def _check_places(sources: list[Source], instructions: Path, labeled: Path) -> None:
+    """Raise ConfigError unless the files can be written, each at a place of its own and over no source."""
+    places = [instructions, validation_path(instructions), labeled, validation_path(labeled)]
+    problems = []
+    if len(set(places)) < len(places):
+        problems.append(f"out_instructions = {store.shown(instructions)} and out_labeled = {store.shown(labeled)}: name two files.")
+    problems += [f"{store.shown(place)} is a folder; name a file." for place in places if place.is_dir()]
+    read = {store.resolve(source.name) for source in sources}
+    problems += [
+        f"{store.shown(place)} is (in) the source, which a preparation never changes; name another place."
+        for place in places
+        if any(place.is_relative_to(source) for source in read)
+    ]
+    if problems:
+        raise ConfigError.from_problems("the places to write to", problems)
+    for path in (instructions, labeled):
+        store.check_writable(path)
+
+
 def _why_nothing(sources: list[Source], counts: Counter) -> str:
     names = ", ".join(f"{source.name} {source.slice}" for source in sources)
     if not counts["read"]:
-        return f"{names} selects no rows. Widen the slice, e.g. train[:1000]."
+        return f"{names} selects no rows: the source is empty, or ends before the slice begins. Widen the slice, e.g. train[:1000]."
     dropped = ", ".join(f"{count:,} with {reason}" for reason, count in counts.items() if reason != "read")
     return f"none of the {counts['read']:,} rows of {names} can be used: {dropped}."
 
@@ -114,9 +132,9 @@ def _read_into(spool: "_Spool", mixed: Iterable[tuple[Source, dict]], rows: int 
     checked = set()
     with progress("Preparing rows", total=rows) as update:
         for source, raw in mixed:
-            if source.name not in checked:
+            if id(source) not in checked:
                 _require_columns(source, raw)
-                checked.add(source.name)
+                checked.add(id(source))
             counts["read"] += 1
             row, reason = to_row(source, raw)
             if row and not spool.add(row):
@@ -235,16 +253,28 @@ def check_labeled(path: str | Path, system: str) -> int:
     path = store.resolve(path)
     try:
         store.read_manifest(path)
-        count = 0
-        for count, row in enumerate(store.read_rows(path), start=1):
-            missing = [field for field in ("instruction", "output") if not isinstance(row.get(field), str) or not row[field].strip()]
-            if missing:
-                has = shortened(", ".join(map(str, row)), 80)
-                raise DataError(f"row {count - 1} of {store.shown(path)} has no {' and no '.join(missing)}; it has {has}.")
+        count = _check_rows(path)
         if not count:
             raise DataError(f"{store.shown(path)} is empty.")
+        if validation_path(path).is_file():
+            _check_rows(validation_path(path))
     except DataError as error:
         raise DataError(f"{NO_DATA[system]}: {error} Prepare it: python distill_app.py prepare-{system}") from error
+    return count
+
+
+def _check_rows(path: Path) -> int:
+    """How many rows a file holds. Raises DataError for the first that cannot be trained on."""
+    count = 0
+    for count, row in enumerate(store.read_rows(path), start=1):
+        missing = [field for field in ("instruction", "output") if not isinstance(row.get(field), str) or not row[field].strip()]
+        if missing:
+            has = shortened(", ".join(map(str, row)), 80)
+            raise DataError(f"row {count - 1} of {store.shown(path)} has no {' and no '.join(missing)}; it has {has}.")
+        texts = {field: row.get(field) or "" for field in ("instruction", "input", "output")}
+        unusable = [field for field, text in texts.items() if not isinstance(text, str) or not _is_unicode(text)]
+        if unusable:
+            raise DataError(f"row {count - 1} of {store.shown(path)}: its {' and '.join(unusable)} is no valid text.")
     return count
 
 

@@ -34,7 +34,11 @@ def run_demo(seed: int = 0) -> dict:
     say(f"Demo, seed {seed}: teacher and data from {store.shown(MICRO)}")
     labeled = WORK / "data" / "train_labeled.json"
     prepare_system1_dataset(
-        "train", source=str(MICRO / "distilqwen.parquet"), seed=seed, out_labeled=labeled, out_instructions=WORK / "data" / "train_instructions.json"
+        "train",
+        source=str(MICRO / "distilqwen.parquet"),
+        seed=seed,
+        out_labeled=labeled,
+        out_instructions=WORK / "data" / "train_instructions.json",
     )
     files = {"system1": labeled} | {control: _control_rows(control, labeled, seed) for control in CONTROLS}
     checkpoints = {name: _distil(name, path, seed) for name, path in files.items()}
@@ -47,9 +51,8 @@ def run_demo(seed: int = 0) -> dict:
 
 def _distil(name: str, labeled: Path, seed: int) -> str:
     say(f"\nTraining {name}")
-    out_dir, config_path = WORK / name, store.ROOT / "configs" / f"kd_black_box_micro_{name}.json"
-    settings = {"labeled_path": labeled, "out_dir": out_dir, "config_path": config_path, "seed": seed}
-    return distill_system1({"preset": "micro_system1", **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}})
+    places = {"labeled_path": labeled, "out_dir": WORK / name, "config_path": store.ROOT / "configs" / f"kd_black_box_micro_{name}.json"}
+    return distill_system1({"preset": "micro_system1", **places, "seed": seed})
 
 
 def _control_rows(control: str, labeled: Path, seed: int) -> Path:
@@ -124,9 +127,12 @@ def _show(report: dict) -> None:
     for family in SYSTEM1_FAMILIES + SYSTEM2_FAMILIES:
         low, high = report["system1"]["after"]["exact_match"][family]["ci"]
         values = {name: f"{scores['exact_match'][family]['value']:.3f}" for name, scores in columns.items()}
-        rows.append([family, values["teacher"], values["before"], values["student"], f"{low:.3f}-{high:.3f}", values["gold"], values["shuffled"]])
+        values["student"] += f" ({low:.2f}-{high:.2f})"
+        rows.append([family, *values.values(), f"{report['chance'][family]:.3f}"])
     n = next(iter(report["teacher"]["exact_match"].values()))["n"]
-    table(f"Exact match on {n} held-out questions a family", ["family", "teacher", "before", "student", "95%", "gold", "shuffled"], rows)
+    table(f"Exact match on {n} held-out questions a family (95% interval)", ["family", *columns, "chance"], rows)
     share = report["system1"]["after"]["parameters"] / report["teacher"]["parameters"]
-    say(f"System 1 keeps {retained(report):.1%} of the teacher's exact match over {len(SYSTEM1_FAMILIES)} families with {share:.0%} of its parameters.")
-    say(f"The reasoning families ({', '.join(SYSTEM2_FAMILIES)}), learnt from bare answers, are what System 2 is for.")
+    say(f"System 1 keeps {retained(report):.1%} of the teacher's exact match over the {len(SYSTEM1_FAMILIES)} instruction families,")
+    say(f"with {share:.0%} of its parameters. The reasoning families ({', '.join(SYSTEM2_FAMILIES)}), learnt from")
+    say("bare answers, stay low: they are what System 2 is for.")
+    say("gold: taught exact answers. shuffled: taught another question's. chance: a label of the family, drawn blindly.")

@@ -74,13 +74,14 @@ def _end_group(child: subprocess.Popen) -> None:
 
 
 def emit(**event) -> None:
-    """In the child: report one event."""
-    print(EVENT + json.dumps(event), flush=True)
+    """In the child: report one event; without a parent to read it, nothing is said."""
+    if os.environ.get(_PARENT):
+        print(EVENT + json.dumps(event), flush=True)
 
 
 def end_with_parent() -> None:
     """In the child: exit at once when the parent is gone, so that a killed lab leaves no orphan at work."""
-    if os.environ.pop(_PARENT, None):
+    if os.environ.get(_PARENT):
         threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
 
 

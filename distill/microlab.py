@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import config, store, train
+from . import store, train
 from .console import progress, say, table
 from .data import write_tokenized
 from .errors import BackendError
@@ -24,14 +24,43 @@ SYSTEM2_FAMILIES = [name for name, family in FAMILIES.items() if family.system =
 MAX_NEW_TOKENS = {"system1": 12, "system2": 300}
 HELDOUT_PER_FAMILY = 200
 TEACHER_FLOOR = 0.97  # exact match on every family, or the teacher is not shipped
+_STUDENT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.08,  # Qwen's is 0.02, at which models this small learn late
+}
 SHAPES = {
-    "teacher": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 2},
-    "student_system1": {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "student_system2": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
-INITIAL_SPREAD = 0.06  # standard deviation of a new model's weights; at Qwen's 0.02 models this small learn late
+    "teacher": {
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "intermediate_size": 512,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.06,
+    },
+    "student_system1": _STUDENT,
+    "student_system2": _STUDENT,
+}
+TEACHER_TRAINING = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "max_length": 512,
+    "learning_rate": 1.5e-3,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.99,
+    "warmup_ratio": 0.05,
+    "lr_scheduler_type": "cosine",
+    "group_by_length": True,
+    "logging_steps": 20,
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+}
 # questions a family: what the teacher learns from, and what it writes afterwards
-TEACHER_ROWS = {"system1": 1500, "system2": 3500}
+TEACHER_ROWS = {"system1": 2000, "system2": 5000}
 WRITTEN_QUESTIONS = {"system1": 900, "system2": 1500}
 TRACES_A_QUESTION = 3
 TEMPERATURE = {"system1": 1.0, "system2": 1.0}
@@ -73,7 +102,6 @@ def new_model(name: str, tokenizer, seed: int):
             vocab_size=len(tokenizer),
             max_position_embeddings=1024,
             tie_word_embeddings=True,
-            initializer_range=INITIAL_SPREAD,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -114,9 +142,11 @@ def _train_teacher(folder: Path, work: Path, seed: int) -> None:
     parts = []
     for mode, rows in gold_rows(seed).items():
         store.write_rows(work / f"{mode}.json", rows)
-        parts.append(write_tokenized(work / f"{mode}.json", tokenizer, 512, mode, work / f"{mode}_tokenized.json").path)
+        parts.append(
+            write_tokenized(work / f"{mode}.json", tokenizer, TEACHER_TRAINING["max_length"], mode, work / f"{mode}_tokenized.json").path
+        )
     store.write_rows(tokens, (row for part in parts for row in store.read_rows(part)))
-    training = {**config.read_preset("micro_teacher"), "output_dir": str(work / "trained"), "seed": seed}
+    training = {**TEACHER_TRAINING, "output_dir": str(work / "trained"), "seed": seed}
     job = {
         "job_type": "kd_black_box_train_only",
         "dataset": {"labeled_path": str(tokens)},

@@ -89,16 +89,17 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_student(path: str) -> tuple:
+def load_student(path: str, attention: str | None = None) -> tuple:
     """A student and its tokenizer, in fp32, ready to answer or to be trained.
 
+    attention  transformers' name of an implementation of attention; None leaves the choice to it
     Returns (model, tokenizer). Raises ConfigError `Invalid student model: …` where the weights cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, attn_implementation=attention)
         return model, load_tokenizer(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _invalid_student(path, shortened(error)) from error

@@ -58,9 +58,7 @@ def asked_ids(tokenizer, instruction: str, input_text: str = "", mode: str = "sy
     return ids
 
 
-def trained_ids(
-    tokenizer, instruction: str, output: str, input_text: str = "", mode: str = "system1"
-) -> tuple[list[int], list[int]]:
+def trained_ids(tokenizer, instruction: str, output: str, input_text: str = "", mode: str = "system1") -> tuple[list[int], list[int]]:
     """Token ids of a training row and its completion mask.
 
     Returns (input_ids, completion_mask), equally long; the mask is 1 on the answer and its end of turn, 0 on the asked tokens.
@@ -70,11 +68,15 @@ def trained_ids(
     """
     chat = chat_format(tokenizer, mode)
     asked = asked_ids(tokenizer, instruction, input_text, mode)
-    answer = output.strip()
-    if chat.opens_thought:
-        answer = answer.removeprefix("<think>").lstrip("\n")
+    answer = _behind_open_thought(output.strip()) if chat.opens_thought else output.strip()
     completion = [*text_ids(tokenizer, answer, keep=REASONING_TAGS), chat.end_of_turn]
     return asked + completion, [0] * len(asked) + [1] * len(completion)
+
+
+def _behind_open_thought(answer: str) -> str:
+    """An answer as it goes on behind a generation prompt that has opened the thought; one without a thought closes it first."""
+    opened, closed = REASONING_TAGS
+    return answer.removeprefix(opened).lstrip("\n") if closed in answer else f"\n{closed}\n\n{answer}"
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -127,8 +129,8 @@ def _chat_format(tokenizer, template: str | None, mode: str) -> ChatFormat:
 def _end_of_turn(tokenizer, mode: str) -> int:
     """The first control token that the template puts behind an answer; the tokenizer's end of text where it puts none."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER}]
-    behind = _render(tokenizer, turns, mode, add_generation_prompt=False).rpartition(PLACEHOLDER)[2]
-    for piece in _pieces(tokenizer, behind):
+    _, answer, behind = _render(tokenizer, turns, mode, add_generation_prompt=False).rpartition(PLACEHOLDER)
+    for piece in _pieces(tokenizer, behind if answer else ""):
         if isinstance(piece, int):
             return piece
     if tokenizer.eos_token_id is None:

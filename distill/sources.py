@@ -17,7 +17,7 @@ from .models import hub_info
 ROW_FIELDS = ("instruction", "input", "output")
 ENTRY_KEYS = ("source", "columns", "weight", "slice")
 JSON_SUFFIXES = (".json", ".jsonl")
-_SLICE = re.compile(r"(?P<split>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_SLICE = re.compile(r"(?P<split>\w[\w.-]*)(\[(?P<start>-?\d{1,15}%?)?:(?P<stop>-?\d{1,15}%?)?\])?")
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,12 @@ def stream(source: Source) -> Iterator[dict]:
     """
     split, start, stop = _SLICE.fullmatch(source.slice).group("split", "start", "stop")
     files = local_files(source.name)
-    if files and all(file.suffix in JSON_SUFFIXES for file in files):
-        _require_train(source, split)
-        first, last = _bounds(start, stop, lambda: sum(1 for file in files for _ in store.read_rows(file)))
-        return islice(chain.from_iterable(store.read_rows(file) for file in files), first, last)
     if files:
         _require_train(source, split)
-        return _streamed(source, ("parquet",), {"data_files": {"train": [str(file) for file in files]}}, split, start, stop)
-    revision = hub_info("dataset", source.name).sha
-    return _streamed(source, (source.name,), {"revision": revision}, split, start, stop)
+        read, count = (_read_parquet, _count_parquet) if files[0].suffix == ".parquet" else (store.read_rows, _count_json)
+        first, last = _bounds(start, stop, lambda: sum(map(count, files)))
+        return islice(chain.from_iterable(map(read, files)), first, last)
+    return _streamed(source.name, hub_info("dataset", source.name).sha, split, start, stop)
 
 
 def local_files(name: str) -> list[Path]:
@@ -136,30 +133,59 @@ def _require_train(source: Source, split: str) -> None:
         raise DataError(f"{source.name} has no split {split!r}: a local file has one, train.")
 
 
-def _streamed(source: Source, args: tuple, kwargs: dict, split: str, start, stop) -> Iterator[dict]:
-    """Rows that `datasets` streams. Its own metadata are not checked: OmniThought's disagree with its files."""
+def _count_json(file: Path) -> int:
+    return sum(1 for _ in store.read_rows(file))
+
+
+def _read_parquet(file: Path) -> Iterator[dict]:
+    """Rows of a Parquet file, a batch at a time; not through `datasets`, which reports every load to the hub, a local file's too."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{store.shown(file)} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
+
+
+def _count_parquet(file: Path) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{store.shown(file)} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
+
+
+def _streamed(name: str, revision: str | None, split: str, start: str | None, stop: str | None) -> Iterator[dict]:
+    """Rows that `datasets` streams from the hub. Its own metadata are not checked: OmniThought's disagree with its files."""
     from datasets import load_dataset
 
     try:
-        first, last = _bounds(start, stop, lambda: _parquet_rows(args, kwargs, split))
-        rows = load_dataset(*args, **kwargs, split=split, streaming=True, verification_mode="no_checks").skip(first)
+        first, last = _bounds(start, stop, lambda: _count_streamed(name, revision, split))
+        rows = load_dataset(name, revision=revision, split=split, streaming=True, verification_mode="no_checks").skip(first)
         yield from rows if last is None else rows.take(max(last - first, 0))
     except DistillError:
         raise
     except Exception as error:
-        raise DataError(f"{source.name} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
+        raise DataError(f"{name} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
 
 
-def _parquet_rows(args: tuple, kwargs: dict, split: str) -> int:
+def _count_streamed(name: str, revision: str | None, split: str) -> int:
     """How many rows a split has, by the footers of its Parquet files: a few kilobytes of each."""
     import fsspec
     import pyarrow.parquet
     from datasets import load_dataset_builder
 
     count = 0
-    for file in load_dataset_builder(*args, **kwargs).config.data_files[split]:
+    for file in load_dataset_builder(name, revision=revision).config.data_files[split]:
         if not str(file).endswith(".parquet"):
-            raise ConfigError(f"A share or a negative row number needs Parquet files, and {file} is none. Use row numbers such as train[:1000].")
+            raise ConfigError(
+                f"A share or a negative row number needs Parquet files, and {file} is none. Use row numbers such as train[:1000]."
+            )
         with fsspec.open(str(file), "rb") as handle:
             count += pyarrow.parquet.read_metadata(handle).num_rows
     return count

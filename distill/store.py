@@ -19,13 +19,24 @@ from .errors import ConfigError, DataError, DistillError, shortened
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 READ_CHARS = 1 << 20
+MAX_NAME_BYTES = 255
 _BETWEEN_ITEMS = {" ", "\t", "\r", "\n", ","}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def resolve(path: str | Path) -> Path:
     """An absolute path; a relative one counts from the project's root, whatever the working directory."""
-    return Path(os.path.normpath(ROOT / Path(path).expanduser()))
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"{path!r} is no path.")
+    try:
+        place = Path(os.path.normpath(ROOT / Path(path).expanduser()))
+        longest_bytes = max(len(os.fsencode(part)) for part in place.parts)
+    except (RuntimeError, ValueError) as error:  # ~somebody who has no home here; letters that no file name can have
+        raise ConfigError(f"{shortened(repr(str(path)))} is no path: {shortened(error)}") from error
+    if "\0" in str(place) or longest_bytes > MAX_NAME_BYTES:
+        why = "it holds a NUL character" if "\0" in str(place) else f"a name in it is longer than {MAX_NAME_BYTES} bytes"
+        raise ConfigError(f"{shortened(repr(str(path)))} is no path: {why}.")
+    return place
 
 
 def shown(path: str | Path) -> str:
@@ -74,7 +85,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
                 os.fsync(handle.fileno())
     previous = path.with_name(path.name + ".previous")
     if path.exists():
-        outdated = _temporary_name(previous)
+        outdated = _temporary_name(path)
         if previous.exists():
             previous.rename(outdated)
         path.rename(previous)
@@ -94,20 +105,30 @@ def check_writable(path: str | Path) -> None:
 @contextmanager
 def _folder_for(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, its parents made; on an error both are gone again."""
-    made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
+    made = [folder for folder in path.parents if not _is_there(folder)]
     temporary = _temporary_name(path)
     published = False
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         yield temporary
         published = path.exists()
     finally:
-        _remove(temporary)
+        if _is_there(temporary):
+            _remove(temporary)
         if not published:
             for folder in made:
-                if not any(folder.iterdir()):
+                if _is_there(folder) and not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a name stands for anything; False too for one that the disk cannot hold, where Path.exists may raise."""
+    try:
+        path.lstat()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -179,7 +200,7 @@ def read_json(path: str | Path):
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(f"{shown(path)} does not exist.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{shown(path)} cannot be read as JSON: {shortened(error)}.") from error
 
 
@@ -225,23 +246,24 @@ def read_rows(path: str | Path) -> Iterator[dict]:
     path = resolve(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            first = file.read(1)
+            first, blank_lines = file.read(1), 0
             while first.isspace():
+                blank_lines += first == "\n"
                 first = file.read(1)
-            rows = _list_items(file) if first == "[" else _lines(file, first)
+            rows = _list_items(file) if first == "[" else _lines(file, first, blank_lines + 1)
             for number, row in enumerate(rows):
                 if not isinstance(row, dict):
                     raise DataError(f"{shown(path)}: row {number} is no JSON object but {shortened(json.dumps(row), 60)}.")
                 yield row
     except FileNotFoundError as error:
         raise DataError(f"{shown(path)} does not exist.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{shown(path)} is not a JSON list or JSON lines: {shortened(error)}.") from error
 
 
-def _lines(file, first: str) -> Iterator:
-    """Rows of a JSON-lines file whose first character has been read already."""
-    for number, line in enumerate(file, start=1):
+def _lines(file, first: str, first_number: int) -> Iterator:
+    """Rows of a JSON-lines file whose first character, on line `first_number`, has been read already."""
+    for number, line in enumerate(file, start=first_number):
         line, first = first + line, ""
         if line.strip():
             try:
@@ -297,9 +319,7 @@ def write_manifest(target: Path, facts: dict, *, name: str = MANIFEST, files: It
     """
     place = _manifest_place(target, name)
     files = sorted(files or ([f for f in target.rglob("*") if f.is_file() and f != place] if target.is_dir() else [target]))
-    hashed = {
-        str(file.relative_to(place.parent)): {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files
-    }
+    hashed = {str(file.relative_to(place.parent)): {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files}
     write_json(place, {**facts, "files": hashed})
 
 
@@ -313,8 +333,8 @@ def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
     if not isinstance(files, dict):
         raise DataError(f"{shown(place)} is no manifest: it lists no files.")
     for relative, fact in files.items():
-        file = place.parent / relative
-        if not file.is_file() or file.stat().st_size != fact["bytes"] or hash_file(file) != fact["sha256"]:
+        file, fact = place.parent / relative, fact if isinstance(fact, dict) else {}
+        if not file.is_file() or file.stat().st_size != fact.get("bytes") or hash_file(file) != fact.get("sha256"):
             raise DataError(
                 f"{shown(file)} is missing or is not what {shown(place)} recorded: its making was interrupted, or it was changed since."
             )
@@ -341,7 +361,8 @@ def lock(target: str | Path) -> Iterator[None]:
     with _cannot_write(place):
         place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(place).acquire(blocking=False)
+        with _cannot_write(place):
+            held = FileLock(place).acquire(blocking=False)
     except Timeout as error:
         raise DistillError(f"Another run is writing {shown(target)} now. Wait for it, or choose another place.") from error
     with held:

@@ -9,15 +9,19 @@ from distill.models import generate
 from distill.prompt import asked_ids
 
 
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(0, 200, 0.0, 0.018846), (200, 200, 0.981154, 1.0), (194, 200, 0.936140, 0.986183), (5, 10, 0.236593, 0.763407)],
-)
-def test_wilson_interval_equals_published_values(right, n, low, high):
+@pytest.mark.parametrize(("right", "n"), [(0, 200), (1, 7), (5, 10), (194, 200), (200, 200)])
+def test_wilson_bounds_solve_the_score_equation(right, n):
+    """Each bound b is where the observed share lies 1.96 standard errors of b away: (share - b)² = z² b (1 - b) / n."""
     score = wilson(right, n)
-    assert score["value"] == right / n
-    assert score["n"] == n
-    assert score["ci"] == pytest.approx([low, high], abs=1e-5)
+    assert (score["value"], score["n"]) == (right / n, n)
+    low, high = score["ci"]
+    assert 0 <= low <= right / n <= high <= 1 and low < high
+    for bound in (low, high):
+        assert (right / n - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, abs=1e-9)
+
+
+def test_wilson_interval_of_five_in_ten_is_the_published_one():
+    assert wilson(5, 10)["ci"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
 
 
 @pytest.mark.parametrize(("right", "n"), [(1, 0), (-1, 5), (6, 5)])

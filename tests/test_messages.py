@@ -43,7 +43,12 @@ def prepare(tmp_path, source, *more):
 
 
 def system1(tmp_path, labeled, **settings):
-    values = {"preset": "micro_system1", "labeled_path": labeled, "out_dir": tmp_path / "new" / "student", "config_path": tmp_path / "job.json"}
+    values = {
+        "preset": "micro_system1",
+        "labeled_path": labeled,
+        "out_dir": tmp_path / "new" / "student",
+        "config_path": tmp_path / "job.json",
+    }
     values |= settings
     return ("system1", *[part for name, value in values.items() for part in ("--set", f"{name}={value}")])
 
@@ -51,7 +56,9 @@ def system1(tmp_path, labeled, **settings):
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"instruction": "Is 1234 even or odd?", "output": "even"}, {"instruction": "Is 1235 even or odd?", "output": "odd"}]))
+    path.write_text(
+        json.dumps([{"instruction": "Is 1234 even or odd?", "output": "even"}, {"instruction": "Is 1235 even or odd?", "output": "odd"}])
+    )
     return path
 
 
@@ -148,7 +155,9 @@ def test_a_folder_of_other_work_is_not_replaced(tmp_path, rows, refused):
 
 def test_all_wrong_settings_are_named_at_once_with_the_nearest_name(tmp_path, rows, refused):
     message = refused(*system1(tmp_path, rows, learnin_rate=1, max_length=0))
-    assert "2 problems" in message and "learnin_rate: no such setting. Did you mean learning_rate?" in message and "max_length = 0" in message
+    assert (
+        "2 problems" in message and "learnin_rate: no such setting. Did you mean learning_rate?" in message and "max_length = 0" in message
+    )
 
 
 def test_two_epoch_keys_are_refused(tmp_path, rows, refused):
@@ -172,7 +181,7 @@ def test_json_output_is_json_alone(tmp_path, rows):
 
 
 def test_relative_paths_count_from_the_project_even_where_its_name_has_spaces_and_quotes(tmp_path):
-    clone = tmp_path / "it's a \"lab\" $(touch pwned)"
+    clone = tmp_path / 'it\'s a "lab" $(touch pwned)'
     clone.mkdir()
     for part in ("distill", "configs", "data/micro", "distill_app.py"):
         source, copy = ROOT / part, clone / part

@@ -84,7 +84,9 @@ def test_no_line_of_the_requirements_asks_for_the_empty_easydistill_placeholder(
 
 
 def test_constraints_pin_every_requirement_exactly():
-    pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        re.split("==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     wanted = [line for name in ("requirements.txt", "requirements-dev.txt") for line in (ROOT / name).read_text().splitlines()]
     wanted = {re.split(r"[<>=]", line)[0].lower().replace("_", "-") for line in wanted if line and not line.startswith("#")}
     assert wanted <= pinned

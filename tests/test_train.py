@@ -26,7 +26,14 @@ def checkpoint(small_run):
 
 def test_checkpoint_is_complete_and_sealed(checkpoint):
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "distill_run.json"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "distill_run.json",
+    } <= names
     record = store.read_manifest(checkpoint, name=train.RUN_RECORD)
     assert set(record["files"]) == names - {"distill_run.json"}
     assert record["backend"] == "builtin" and record["versions"]["trl"] and record["job"]["job_type"] == "kd_black_box_train_only"
@@ -71,7 +78,9 @@ def test_last_checkpoint_is_kept_in_the_run_folder_and_optimizer_states_are_not(
 def test_best_and_last_differ_when_validation_worsens(tmp_path, micro, make_job):
     """A student that is taught noise overfits: the published checkpoint is the one with the lowest validation loss."""
     rows = [{"instruction": f"Sort from low to high the digits {number}.", "output": str(number * 7919 % 10000)} for number in range(64)]
-    job = make_job(tmp_path, rows, validation=rows[:1] + [{"instruction": "Say odd.", "output": "even"}] * 20, num_epochs=6, learning_rate=8e-3)
+    job = make_job(
+        tmp_path, rows, validation=rows[:1] + [{"instruction": "Say odd.", "output": "even"}] * 20, num_epochs=6, learning_rate=8e-3
+    )
     result = train.run(job, tmp_path / "run", "test")
     losses = result.metrics["validation_loss"]
     assert result.metrics["best_validation_loss"] == min(losses) < losses[-1]
@@ -83,7 +92,9 @@ def test_settings_become_arguments_that_trl_accepts(tmp_path):
     from trl import SFTConfig
 
     preset = json.loads((ROOT / "configs/presets/system1.json").read_text())
-    training = {key: value for key, value in preset.items() if key in {field.name for field in dataclasses.fields(SFTConfig)} | {"warmup_ratio"}}
+    training = {
+        key: value for key, value in preset.items() if key in {field.name for field in dataclasses.fields(SFTConfig)} | {"warmup_ratio"}
+    }
     arguments = SFTConfig(**train.sft_settings({**training, "num_train_epochs": 3}, str(tmp_path), validate=True), use_cpu=True)
     assert arguments.warmup_steps == 0.1 and arguments.get_warmup_steps(200) == 20
     assert not arguments.bf16 and not arguments.gradient_checkpointing and arguments.completion_only_loss
@@ -94,7 +105,10 @@ def test_loss_is_the_mean_over_answer_tokens_and_nothing_else(tmp_path, micro, m
     """The engine's own first loss against a plain float64 cross-entropy over the supervised positions."""
     import torch
 
-    rows = [{"instruction": "Is 1234 even or odd?", "output": "even"}, {"instruction": "Sort from low to high the digits 4312.", "output": "1234"}]
+    rows = [
+        {"instruction": "Is 1234 even or odd?", "output": "even"},
+        {"instruction": "Sort from low to high the digits 4312.", "output": "1234"},
+    ]
     job = make_job(tmp_path, rows, per_device_train_batch_size=2, max_steps=1, logging_steps=1, warmup_ratio=0.0)
     result = train.run(job, tmp_path / "run", "test")
     model, _ = load_student(str(micro / "student_system1"))
@@ -134,7 +148,14 @@ def test_a_job_whose_rows_are_not_tokenized_is_refused_with_the_reason(tmp_path,
 
 
 def test_weights_that_do_not_change_are_a_failure(tmp_path, make_job):
-    job = make_job(tmp_path, [{"instruction": "Is 1234 even or odd?", "output": "even"}], learning_rate=1e-9, max_steps=1, warmup_steps=1000, warmup_ratio=0.0)
+    job = make_job(
+        tmp_path,
+        [{"instruction": "Is 1234 even or odd?", "output": "even"}],
+        learning_rate=1e-9,
+        max_steps=1,
+        warmup_steps=1000,
+        warmup_ratio=0.0,
+    )
     with pytest.raises(BackendError, match="nothing was learnt"):
         train.run(job, tmp_path / "run", "test")
     assert not (tmp_path / "out").exists()
@@ -160,7 +181,8 @@ def long_run(tmp_path, make_job, prepared_rows):
     job = make_job(tmp_path, prepared_rows * 4, num_epochs=50, save_strategy="steps", save_steps=4)
     code = f"from distill_app import run_easy_distill; run_easy_distill({str(job)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("checkpoint-*")), 90)
+    checkpoints = Path(store.read_json(job)["dataset"]["labeled_path"]).parent / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*")), 90)
     yield process, tmp_path, old
     process.kill()
 
@@ -207,3 +229,15 @@ def test_an_interrupt_ends_the_engine_and_changes_nothing(long_run):
     process.communicate(timeout=30)
     assert process.returncode != 0 and not engine.is_running()
     assert_untouched(folder, old)
+
+
+def test_a_checkpoint_is_asked_for_when_the_last_one_is_minutes_old(tmp_path):
+    from transformers import TrainerControl, TrainerState
+
+    reporter, control = train._reporter(tmp_path / "metrics.jsonl", validate=True), TrainerControl()
+    reporter.on_save(None, TrainerState(), control)
+    reporter.on_step_end(None, TrainerState(), control)
+    assert not control.should_save
+    reporter.saved_at -= train.SAVE_SECONDS + 1
+    reporter.on_step_end(None, TrainerState(), control)
+    assert control.should_save and control.should_evaluate and train.SAVE_SECONDS < 300
