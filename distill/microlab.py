@@ -5,8 +5,8 @@ data files in the schemas of DistilQwen and OmniThought: answers are sampled fro
 """
 
 import random
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from . import store, train
 from .console import progress, say, table
@@ -61,7 +61,7 @@ TEACHER_TRAINING = {
 }
 # questions a family: what the teacher learns from, and what it writes afterwards
 TEACHER_ROWS = {"system1": 2000, "system2": 5000}
-WRITTEN_QUESTIONS = {"system1": 900, "system2": 1500}
+WRITTEN_QUESTIONS = {"system1": 1200, "system2": 1500}
 TRACES_A_QUESTION = 3
 TEMPERATURE = {"system1": 1.0, "system2": 1.0}
 TEACHER_SEED, WRITTEN_SEED = 1, 2
@@ -74,11 +74,13 @@ def build_micro(out: str | Path = "data/micro", seed: int = 0) -> dict:
     Raises BackendError where the teacher stays below TEACHER_FLOOR on a family; then nothing is published.
     """
     out = store.resolve(out)
-    with store.lock(out), store.atomic_folder(out) as folder, TemporaryDirectory() as work:
+    work = store.ROOT / "runs" / "build-micro"
+    work.mkdir(parents=True, exist_ok=True)
+    with store.lock(out), store.atomic_folder(out) as folder:
         tokenizer = build_tokenizer()
         for name in SHAPES:
             _save(new_model(name, tokenizer, seed), tokenizer, folder / name)
-        _train_teacher(folder / "teacher", Path(work), seed)
+        _train_teacher(folder / "teacher", work, seed)
         store.write_jsonl(folder / "heldout.jsonl", heldout_questions())
         model, tokenizer = load_student(str(folder / "teacher"))
         scores = prove_teacher(model, tokenizer, list(store.read_rows(folder / "heldout.jsonl")))
@@ -136,27 +138,41 @@ def gold_rows(seed: int) -> dict[str, list[dict]]:
 
 
 def _train_teacher(folder: Path, work: Path, seed: int) -> None:
-    """Train the teacher in place, by an ordinary job of the built-in engine."""
+    """Train the teacher in place, by an ordinary job of the built-in engine; one that `work` holds already is taken from there."""
     _, tokenizer = load_student(str(folder))
-    tokens = work / "train_tokenized.json"
-    parts = []
-    for mode, rows in gold_rows(seed).items():
-        store.write_rows(work / f"{mode}.json", rows)
-        parts.append(
-            write_tokenized(work / f"{mode}.json", tokenizer, TEACHER_TRAINING["max_length"], mode, work / f"{mode}_tokenized.json").path
-        )
-    store.write_rows(tokens, (row for part in parts for row in store.read_rows(part)))
-    training = {**TEACHER_TRAINING, "output_dir": str(work / "trained"), "seed": seed}
+    tokens, trained = work / "train_tokenized.json", work / "trained"
+    _write_lessons(tokens, tokenizer, seed)
     job = {
         "job_type": "kd_black_box_train_only",
         "dataset": {"labeled_path": str(tokens)},
-        "models": {"student": str(folder)},
-        "training": training,
+        "models": {"student": str(work / "untrained")},
+        "training": {**TEACHER_TRAINING, "output_dir": str(trained), "seed": seed},
     }
-    result = train.run(store.write_json(work / "job.json", job), work, "the micro teacher")
-    say(f"teacher trained in {result.seconds:.0f} s, {result.metrics['parameters']:,} parameters")
-    model, tokenizer = load_student(result.checkpoint)
+    record = store.read_manifest(trained, name=train.RUN_RECORD) if trained.is_dir() else None
+    if record and record["job"] == job and record["tokens_sha256"] == store.hash_file(tokens):
+        say(f"teacher: trained before, in {store.shown(trained)}")
+    else:
+        _copy_model(folder, work / "untrained")
+        result = train.run(store.write_json(work / "job.json", job), work, "the micro teacher")
+        say(f"teacher: trained in {result.seconds:.0f} s, {result.metrics['parameters']:,} parameters")
+    model, tokenizer = load_student(str(trained))
     _save(model, tokenizer, folder)
+
+
+def _write_lessons(tokens: Path, tokenizer, seed: int) -> None:
+    """The teacher's lessons of both modes as one token file."""
+    parts = []
+    for mode, rows in gold_rows(seed).items():
+        labeled = tokens.with_name(f"{mode}.json")
+        store.write_rows(labeled, rows)
+        part = tokens.with_name(f"{mode}_tokenized.json")
+        parts.append(write_tokenized(labeled, tokenizer, TEACHER_TRAINING["max_length"], mode, part).path)
+    store.write_rows(tokens, (row for part in parts for row in store.read_rows(part)))
+
+
+def _copy_model(folder: Path, place: Path) -> None:
+    with store.atomic_folder(place) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
 
 
 def heldout_questions() -> list[dict]:

@@ -145,7 +145,7 @@ def generate(
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
-    stops = stop_ids(tokenizer)
+    stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     # a whole configuration of its own: the model's may sample, penalise repetition or stop elsewhere
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling)

@@ -206,7 +206,7 @@ def _keep_last(trainer, run_folder: Path) -> None:
     checkpoints = run_folder / "checkpoints"
     last = checkpoints / f"checkpoint-{trainer.state.global_step}"
     if last.is_dir():
-        for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"):
+        for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"):
             (last / state).unlink(missing_ok=True)
         with store.atomic_folder(run_folder / "last") as folder:
             shutil.copytree(last, folder, dirs_exist_ok=True)
