@@ -1,7 +1,8 @@
 """Sources → rows: one schema, duplicates merged, validation split off by id, provenance kept, every dropped row counted.
 
-A row is `{"id", "instruction", "input", "output", "source"}`; its `id` hashes instruction and input. Files are JSON lists of rows, one
-row a line. Rows pass through a temporary database on disk, so memory does not grow with their number.
+A row is `{"id", "instruction", "input", "output", "source"}`, with `"revision"` where it came from the hub; its `id` hashes instruction
+and input. Files are JSON lists of rows, one row a line. Rows pass through a temporary database on disk, so memory does not grow with
+their number.
 """
 
 import json
@@ -16,7 +17,7 @@ from . import store
 from .console import progress, say
 from .errors import ConfigError, DataError, shortened
 from .prompt import format_prompt, trained_ids
-from .sources import Source, mix, parse_sources
+from .sources import Source, mix, parse_sources, provenance
 
 NO_DATA = {"system1": "No data for System 1 distillation"}
 DISTILQWEN = "alibaba-pai/DistilQwen_100k"
@@ -129,14 +130,14 @@ def _why_nothing(sources: list[Source], counts: Counter) -> str:
 def _read_into(spool: "_Spool", mixed: Iterable[tuple[Source, dict]], rows: int | None) -> Counter:
     """Read until `rows` are kept or the sources end. Returns how many were read, and dropped by reason."""
     counts: Counter = Counter(read=0)
-    checked = set()
+    origins: dict = {}
     with progress("Preparing rows", total=rows) as update:
         for source, raw in mixed:
-            if id(source) not in checked:
+            if id(source) not in origins:
                 _require_columns(source, raw)
-                checked.add(id(source))
+                origins[id(source)] = provenance(source)
             counts["read"] += 1
-            row, reason = to_row(source, raw)
+            row, reason = to_row(source, raw, origins[id(source)])
             if row and not spool.add(row):
                 reason = "the same question as an earlier row"
             if reason:
@@ -159,7 +160,7 @@ def _require_columns(source: Source, raw: dict) -> None:
         )
 
 
-def to_row(source: Source, raw: dict) -> tuple[dict | None, str | None]:
+def to_row(source: Source, raw: dict, origin: dict) -> tuple[dict | None, str | None]:
     """One source row as a row of the lab, its input folded into the instruction; or None and why it was dropped."""
     text = {field: raw.get(source.column(field)) for field in ("instruction", "input", "output")}
     text["input"] = text["input"] or ""
@@ -172,7 +173,7 @@ def to_row(source: Source, raw: dict) -> tuple[dict | None, str | None]:
             return None, f"{field} that is no valid Unicode"
     row_id = store.hash_json([text["instruction"].strip(), text["input"].strip()])[:16]
     folded = format_prompt(text["instruction"], text["input"])
-    return {"id": row_id, "instruction": folded, "input": "", "output": text["output"].strip(), "source": source.name}, None
+    return {"id": row_id, "instruction": folded, "input": "", "output": text["output"].strip(), **origin}, None
 
 
 def _is_unicode(text: str) -> bool:

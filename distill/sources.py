@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -106,7 +107,18 @@ def stream(source: Source) -> Iterator[dict]:
         read, count = (_read_parquet, _count_parquet) if files[0].suffix == ".parquet" else (store.read_rows, _count_json)
         first, last = _bounds(start, stop, lambda: sum(map(count, files)))
         return islice(chain.from_iterable(map(read, files)), first, last)
-    return _streamed(source.name, hub_info("dataset", source.name).sha, split, start, stop)
+    return _streamed(source.name, hub_revision(source.name), split, start, stop)
+
+
+@lru_cache
+def hub_revision(name: str) -> str:
+    """The commit of a hub dataset that this process reads, so that its rows can say where they come from."""
+    return hub_info("dataset", name).sha
+
+
+def provenance(source: Source) -> dict:
+    """What a row says of its origin: {"source"}, and {"revision"} for one from the hub."""
+    return {"source": source.name} if local_files(source.name) else {"source": source.name, "revision": hub_revision(source.name)}
 
 
 def local_files(name: str) -> list[Path]:
