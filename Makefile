@@ -11,8 +11,7 @@ setup: $(READY)
 $(READY): requirements.txt constraints.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; say which: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Making .venv with $(PYTHON): once, a few minutes"
-	@rm -rf .venv
-	@$(PYTHON) -m venv --without-pip .venv
+	@test -x $(RUN) || $(PYTHON) -m venv --without-pip .venv
 	@$(PYTHON) -m pip --python $(RUN) install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@touch $@
 

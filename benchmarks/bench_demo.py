@@ -4,10 +4,12 @@ Usage: python benchmarks/bench_demo.py [--seeds 0 1 2]
 """
 
 import argparse
-import resource
 import sys
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,14 +26,35 @@ def main() -> None:
     """Run the demo once a seed, then print mean exact match by model and seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    reports, seconds = {}, {}
+    reports, seconds, peak = {}, {}, PeakMemory()
     for seed in parser.parse_args().seeds:
         started = time.monotonic()
         reports[seed] = store.read_json(store.write_json(REPORTS / f"seed{seed}.json", run_demo(seed)))
         seconds[seed] = time.monotonic() - started
     say(results_table(reports, seconds))
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
-    say(f"\nLargest process: {peak:.2f} GiB resident.")
+    say(f"\nPeak memory of all processes together: {peak.bytes / 2**30:.2f} GiB (resident, shared pages counted once a process).")
+
+
+class PeakMemory(threading.Thread):
+    """Watches this process and its children twice a second; `bytes` is the largest sum of their resident memory so far."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self.start()
+
+    def run(self) -> None:
+        lab = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, sum(map(_resident_bytes, [lab, *lab.children(recursive=True)])))
+            time.sleep(0.5)
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:  # it ended between being listed and being asked
+        return 0
 
 
 def results_table(reports: dict, seconds: dict) -> str:

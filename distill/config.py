@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import store
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, DataError, did_you_mean
 
 PRESETS = store.ROOT / "configs" / "presets"
 TEMPLATE = store.ROOT / "configs" / "easydistill_template.jinja"
@@ -81,7 +81,7 @@ TRAINING = {
     "save_total_limit": Setting(int, 1, 1000),
     "seed": Setting(int, 0, 2**32 - 1),
     "disable_tqdm": Setting(bool),
-    "report_to": Setting(str, choices=("none", "tensorboard", "wandb")),
+    "report_to": Setting(str, choices=("none",), why="Metrics are in the run's folder, metrics.jsonl."),
 }
 # What a user's dict holds besides the training settings.
 USER_KEYS = ("preset", "teacher_model", "student_model", "labeled_path", "num_epochs", "out_dir", "config_path", "backend", "template_path")
@@ -134,13 +134,16 @@ def resolve(user: Mapping | None, preset: str) -> Settings:
     values = {**base, **yours}
     origins = {key: "yours" if key in yours else f"preset {preset}" for key in values}
     problems += twice + unset + _flat_problems(values)
+    if not problems:
+        values = _with_absolute_paths(values)
+        problems = _place_problems(values)
     if problems:
         raise ConfigError.from_problems("your configuration" if user else f"preset {preset}", problems)
     notes = []
     if values.pop("template_path", None):
         origins.pop("template_path")
         notes.append("template_path is not used: the student's own chat template is, in training and asking alike.")
-    return Settings(_with_absolute_paths(values), origins, notes)
+    return Settings(values, origins, notes)
 
 
 def _one_epochs_key(settings: dict) -> tuple[dict, list[str]]:
@@ -200,9 +203,32 @@ def _with_absolute_paths(values: dict) -> dict:
     return {**values, **paths, **models}
 
 
+def _place_problems(values: dict) -> list[str]:
+    """Places that would overwrite one another; absolute paths."""
+    job, out_dir = Path(values["config_path"]), Path(values["out_dir"])
+    problems = []
+    for name in ("labeled_path", "out_dir"):
+        place = Path(values[name])
+        if job == place or place in job.parents or (name == "out_dir" and job in place.parents):
+            problems.append(f"config_path = {store.shown(job)}: lies in or over {name}. Name another file, such as configs/my_job.json.")
+    if out_dir in Path(values["labeled_path"]).parents or out_dir == Path(values["labeled_path"]):
+        problems.append(f"out_dir = {store.shown(out_dir)}: holds labeled_path. Name a folder of its own.")
+    if store.is_dir(job) or (store.is_file(job) and not _is_job(job)):
+        problems.append(f"config_path = {store.shown(job)}: something stands there that is no job file. Name another place.")
+    return problems
+
+
+def _is_job(path: Path) -> bool:
+    try:
+        job = store.read_json(path)
+    except DataError:
+        return False
+    return isinstance(job, dict) and "job_type" in job
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name has the form `owner/model` (or `model`) of the hub, and no such folder lies here."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not store.resolve(name).exists()
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not store.is_dir(store.resolve(name))
 
 
 def model_name(name: str | Path) -> str:

@@ -1,8 +1,8 @@
 """Sources → rows: one schema, duplicates merged, validation split off by id, provenance kept, every dropped row counted.
 
 A row is `{"id", "instruction", "input", "output", "source"}`, with `"revision"` where it came from the hub; its `id` hashes instruction
-and input. Files are JSON lists of rows, one row a line. Rows pass through a temporary database on disk, so memory does not grow with
-their number.
+and input as they are asked. Files are JSON lists of rows, one row a line. Rows pass through a temporary database on disk, so memory does
+not grow with their number.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from . import store
 from .console import progress, say
 from .errors import ConfigError, DataError, shortened
-from .prompt import format_prompt, trained_ids
+from .prompt import format_prompt, tokenizer_hash, trained_ids
 from .sources import Source, mix, parse_sources, provenance
 
 NO_DATA = {"system1": "No data for System 1 distillation"}
@@ -171,9 +171,8 @@ def to_row(source: Source, raw: dict, origin: dict) -> tuple[dict | None, str | 
             return None, f"no {field}"
         if not _is_unicode(value):
             return None, f"{field} that is no valid Unicode"
-    row_id = store.hash_json([text["instruction"].strip(), text["input"].strip()])[:16]
     folded = format_prompt(text["instruction"], text["input"])
-    return {"id": row_id, "instruction": folded, "input": "", "output": text["output"].strip(), **origin}, None
+    return {"id": store.hash_json(folded)[:16], "instruction": folded, "input": "", "output": text["output"].strip(), **origin}, None
 
 
 def _is_unicode(text: str) -> bool:
@@ -233,7 +232,7 @@ def _write(spool: _Spool, instructions: Path, labeled: Path, facts: dict) -> Pre
     for place in [place for place, count in written.items() if not count]:
         place.unlink()
         del written[place]
-    store.write_manifest(labeled, facts, files=[place for place in written if place.parent == labeled.parent])
+    store.write_manifest(labeled, facts, files=[place for place in written if place in (labeled, validation_path(labeled))])
     split = validation_path(labeled)
     return Prepared(
         path=str(labeled),
@@ -253,7 +252,7 @@ def check_labeled(path: str | Path, system: str) -> int:
     """How many rows a labelled file holds. Raises DataError `No data for …` unless every one can be trained on."""
     path = store.resolve(path)
     try:
-        store.read_manifest(path)
+        _check_manifest(path)
         count = _check_rows(path)
         if not count:
             raise DataError(f"{store.shown(path)} is empty.")
@@ -262,6 +261,13 @@ def check_labeled(path: str | Path, system: str) -> int:
     except DataError as error:
         raise DataError(f"{NO_DATA[system]}: {error} Prepare it: python distill_app.py prepare-{system}") from error
     return count
+
+
+def _check_manifest(path: Path) -> None:
+    try:
+        store.read_manifest(path)
+    except DataError as error:
+        raise DataError(f"{error} To keep changes of your own, remove its manifest.") from error
 
 
 def _check_rows(path: Path) -> int:
@@ -320,7 +326,13 @@ def write_tokenized(labeled: str | Path, tokenizer, max_length: int, mode: str, 
     with progress("Tokenizing") as update:
         store.write_rows(out, tokenized())
         update(seen["kept"], total=seen["kept"])
+    store.write_manifest(out, tokens_made_for(tokenizer, max_length))
     return Tokenized(out, **{key: seen[key] for key in ("kept", "too_long", "shortest", "longest", "supervised")})
+
+
+def tokens_made_for(tokenizer, max_length: int) -> dict:
+    """What decides a token file besides its rows; its manifest holds it, so that no job trains on tokens made for another."""
+    return {"tokenizer_sha256": tokenizer_hash(tokenizer), "max_length": max_length}
 
 
 def _text_of(row: dict) -> dict:

@@ -34,7 +34,7 @@ def run_module(module: str, arguments: list[str], log: Path, on_event: Callable[
     on_event  called with each event, in order
     """
     command = [engine_python(), "-m", module, *arguments]
-    environment = {**_defaults(), **os.environ, "PYTHONUNBUFFERED": "1", _PARENT: "1"}
+    environment = {**_defaults(), **os.environ, **_one_gpu(), "PYTHONUNBUFFERED": "1", _PARENT: "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     child = subprocess.Popen(command, cwd=store.ROOT, env=environment, start_new_session=True, encoding="utf-8", errors="replace", **pipes)
     try:
@@ -52,11 +52,21 @@ def run_module(module: str, arguments: list[str], log: Path, on_event: Callable[
 def _defaults() -> dict:
     """Settings that a user's own environment may override."""
     return {
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "OMP_NUM_THREADS": str(usable_cores()),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "WANDB_MODE": "disabled",
     }
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on; a container is often given fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _one_gpu() -> dict:
+    """The first visible GPU alone: one process with several would split each batch, which TRL refuses."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
 
 
 def _end_group(child: subprocess.Popen) -> None:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from . import engine, store
 from .console import progress
 from .errors import DataError, DistillError
-from .models import generate, load_student
+from .models import device, generate, load_student
 from .prompt import REASONING_TAGS, asked_ids
 
 Z_95 = 1.959963984540054
@@ -105,8 +105,10 @@ def main() -> None:
 
 
 def _score_one(asked_model: dict, questions: list[dict], max_new_tokens: dict, done: int, total: int) -> dict:
+    place, reason = device()
+    print(f"{asked_model['name']}: on {place} ({reason})")
     model, tokenizer = load_student(asked_model["path"])
-    model.eval()
+    model.to(place).eval()
     texts: list[str] = [""] * len(questions)
     for mode, numbers in _by_mode(questions, asked_model.get("mode")).items():
         asked = [asked_ids(tokenizer, questions[number]["instruction"], mode=mode) for number in numbers]

@@ -11,10 +11,10 @@ from pathlib import Path
 from . import store, train
 from .console import progress, say, table
 from .data import write_tokenized
-from .errors import BackendError
+from .errors import BackendError, ConfigError
 from .evaluate import exact_match, final_answer
 from .microtasks import FAMILIES, build_tokenizer, difficulty_level, phrase, sample_questions, sample_thought, verbosity_level
-from .models import generate, load_student
+from .models import device, generate, load_student
 from .prompt import asked_ids
 
 MICRO = store.ROOT / "data" / "micro"
@@ -74,6 +74,8 @@ def build_micro(out: str | Path = "data/micro", seed: int = 0) -> dict:
     Raises BackendError where the teacher stays below TEACHER_FLOOR on a family; then nothing is published.
     """
     out = store.resolve(out)
+    if store.is_dir(out) and any(out.iterdir()) and store.read_manifest(out) is None:
+        raise ConfigError(f"{store.shown(out)} holds something that is no micro world. Name another folder.")
     work = store.ROOT / "runs" / "build-micro"
     work.mkdir(parents=True, exist_ok=True)
     with store.lock(out), store.atomic_folder(out) as folder:
@@ -83,6 +85,7 @@ def build_micro(out: str | Path = "data/micro", seed: int = 0) -> dict:
         _train_teacher(folder / "teacher", work, seed)
         store.write_jsonl(folder / "heldout.jsonl", heldout_questions())
         model, tokenizer = load_student(str(folder / "teacher"))
+        model.to(device()[0]).eval()
         scores = prove_teacher(model, tokenizer, list(store.read_rows(folder / "heldout.jsonl")))
         omnithought = _omnithought_rows(model, tokenizer, seed)
         rows = {"distilqwen.parquet": _distilqwen_rows(model, tokenizer, seed, omnithought), "omnithought.parquet": omnithought}
@@ -139,7 +142,7 @@ def gold_rows(seed: int) -> dict[str, list[dict]]:
 
 def _train_teacher(folder: Path, work: Path, seed: int) -> None:
     """Train the teacher in place, by an ordinary job of the built-in engine; one that `work` holds already is taken from there."""
-    _, tokenizer = load_student(str(folder))
+    untrained, tokenizer = load_student(str(folder))
     tokens, trained = work / "train_tokenized.json", work / "trained"
     _write_lessons(tokens, tokenizer, seed)
     job = {
@@ -149,7 +152,8 @@ def _train_teacher(folder: Path, work: Path, seed: int) -> None:
         "training": {**TEACHER_TRAINING, "output_dir": str(trained), "seed": seed},
     }
     record = store.read_manifest(trained, name=train.RUN_RECORD) if trained.is_dir() else None
-    if record and record["job"] == job and record["tokens_sha256"] == store.hash_file(tokens):
+    known = record and (record["job"], record["tokens_sha256"], record["student_sha256"], record["engine_sha256"])
+    if known == (job, store.hash_file(tokens), store.hash_json(train.weight_hashes(untrained)), store.hash_file(train.__file__)):
         say(f"teacher: trained before, in {store.shown(trained)}")
     else:
         _copy_model(folder, work / "untrained")

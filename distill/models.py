@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import prompt
+from . import prompt, store
 from .config import is_hub_name
 from .errors import ConfigError, shortened
 
@@ -25,19 +25,32 @@ def check_student(name: str) -> None:
         info = hub_info("model", name)
         if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
             raise _invalid_student(name, "it has no safetensors weights.")
+    load_tokenizer(name)
 
 
 def _missing_in_folder(folder: Path) -> str | None:
     """What a model folder lacks, in words; None where it is complete."""
-    if not folder.is_dir():
+    if not store.is_dir(folder):
         return "there is no such folder, and it is no name on the hub."
-    if not (folder / "config.json").is_file():
+    if not store.is_file(folder / "config.json"):
         return "the folder holds no config.json."
-    if not any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         return "the folder holds no weights (model.safetensors)."
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(store.is_file(folder / file) for file in ("tokenizer.json", "tokenizer_config.json")):
         return "the folder holds no tokenizer."
-    return None
+    return next((f"{file.name} holds no readable weights." for file in weights if not _is_safetensors(file)), None)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether a weights file's header can be read and its length is what the header says; no weight is loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _is_cached(name: str) -> bool:
@@ -83,7 +96,10 @@ def load_tokenizer(name: str):
     """The tokenizer of a folder or hub name, with a padding token set; never runs code from the model's repository."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+        raise _cannot_load(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -96,13 +112,35 @@ def load_student(path: str, attention: str | None = None) -> tuple:
     Returns (model, tokenizer). Raises ConfigError `Invalid student model: …` where the weights cannot be loaded.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, attn_implementation=attention)
-        return model, load_tokenizer(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _invalid_student(path, shortened(error)) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _cannot_load(path, error) from error
+    return model, tokenizer
+
+
+def _cannot_load(name: str, error: Exception) -> ConfigError:
+    """The message for a model that did not load: the hub's silence blames nobody, anything else names the student."""
+    silent = is_network_error(error) and is_hub_name(name)
+    return cannot_reach_hub(name, error) if silent else _invalid_student(name, f"{shortened(error)}.")
+
+
+def is_network_error(error: Exception) -> bool:
+    """Whether an error, or what caused it, is a connection that failed."""
+    kinds = [kind for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__]
+    clients = ("httpx", "httpx2", "requests")
+    return any(kind in (ConnectionError, TimeoutError) or kind.__module__.split(".")[0] in clients for kind in kinds)
+
+
+def device() -> tuple[str, str]:
+    """Where models answer questions, and why."""
+    import torch
+
+    return ("cuda", torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ("cpu", "no GPU is visible")
 
 
 def stop_ids(model, tokenizer) -> list[int]:

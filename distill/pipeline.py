@@ -11,7 +11,7 @@ from pathlib import Path
 from . import data, models, store, train
 from .config import BACKENDS, Settings, build_job, read_job, resolve
 from .console import say, table
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 
 
 def distill_system1(config: Mapping | None = None) -> str:
@@ -47,9 +47,12 @@ def run_easy_distill(config_path: str | Path, *, backend: str = "auto") -> train
         raise ConfigError(f"backend = {backend!r}: is not one of {', '.join(BACKENDS)}.")
     train.check_out_dir(job["training"]["output_dir"])
     models.check_student(job["models"]["student"])
+    _check_tokens(job)
     reason = "asked for" if backend == "builtin" else "the lab's own engine is the one backend of this version"
     say(f"backend: builtin ({reason})")
-    result = train.run(config_path, _run_folder_of(job), reason)
+    run_folder = _run_folder_of(job)
+    # the run's own copy: the job file may be written anew while this one trains
+    result = train.run(store.write_json(run_folder / "job.json", job), run_folder, reason)
     say(f"trained {result.metrics['steps']:,} steps in {result.seconds:.0f} s; checkpoint: {store.shown(result.checkpoint)}")
     return result
 
@@ -59,9 +62,9 @@ def _write_job(system: str, settings: Settings) -> str:
     values = settings.values
     train.check_out_dir(values["out_dir"])
     store.check_writable(values["config_path"])
-    data.check_labeled(values["labeled_path"], system)
     models.check_student(values["student_model"])
-    with _new_run_folder(system) as run_folder:
+    with store.lock(values["labeled_path"]), _new_run_folder(system) as run_folder:
+        data.check_labeled(values["labeled_path"], system)
         tokens = run_folder / "train_tokenized.json"
         counts = _tokenize(system, values, tokens)
         show_settings(settings)
@@ -81,9 +84,9 @@ def _tokenize(system: str, values: dict, tokens: Path) -> dict:
     counts = {"labeled_sha256": store.hash_file(labeled), "train": _counts(rows)}
     if data.validation_path(labeled).is_file():
         validation = data.write_tokenized(data.validation_path(labeled), tokenizer, max_length, system, data.validation_path(tokens))
-        counts["validation"] = _counts(validation)
+        counts |= {"validation_sha256": store.hash_file(data.validation_path(labeled)), "validation": _counts(validation)}
         if not validation.kept:
-            validation.path.unlink()
+            store.remove_file(validation.path)
     for name, count in counts.items():
         if isinstance(count, dict):
             say(f"{name}: {count['kept']:,} rows, the longest {count['longest']:,} tokens; {count['too_long']:,} too long and dropped")
@@ -109,7 +112,8 @@ def _with_origins(settings: Settings) -> dict:
 @contextmanager
 def _new_run_folder(name: str):
     """A new folder in `runs/`; gone again if the block raises."""
-    folder = store.ROOT / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    runs = store.ROOT / "runs"
+    folder = runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     while folder.exists():
         folder = folder.with_name(folder.name + "x")
     folder.mkdir(parents=True)
@@ -117,7 +121,22 @@ def _new_run_folder(name: str):
         yield folder
     except BaseException:
         shutil.rmtree(folder)
+        if not any(runs.iterdir()):
+            runs.rmdir()
         raise
+
+
+def _check_tokens(job: dict) -> None:
+    """Raise unless the job's token file is whole and was made for the job's student and `max_length`."""
+    tokens = Path(job["dataset"]["labeled_path"])
+    found = store.read_manifest(tokens) if store.is_file(tokens) else None
+    if found is None:
+        raise DataError(f"{store.shown(tokens)} is no token file of the lab: write the job with write_system1_config.")
+    wanted = data.tokens_made_for(models.load_tokenizer(job["models"]["student"]), job["training"]["max_length"])
+    differing = [name for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        made_for = " and ".join(differing)
+        raise ConfigError(f"{store.shown(tokens)} was made for another {made_for}: write the job anew with write_system1_config.")
 
 
 def _run_folder_of(job: dict) -> Path:

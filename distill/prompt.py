@@ -9,8 +9,9 @@ is tokenized as the letters it consists of.
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 
-from .errors import ConfigError
+from .errors import ConfigError, shortened
 
 MODES = ("system1", "system2")
 COT_SENTENCE = "Please think step by step and explain your reasoning before giving the final answer."
@@ -68,15 +69,17 @@ def trained_ids(tokenizer, instruction: str, output: str, input_text: str = "", 
     """
     chat = chat_format(tokenizer, mode)
     asked = asked_ids(tokenizer, instruction, input_text, mode)
-    answer = _behind_open_thought(output.strip()) if chat.opens_thought else output.strip()
-    completion = [*text_ids(tokenizer, answer, keep=REASONING_TAGS), chat.end_of_turn]
+    opening, answer = _behind_open_thought(output.strip()) if chat.opens_thought else ("", output.strip())
+    # a plain answer has no use for a reasoning model's tags: there they are text like any other
+    keep = REASONING_TAGS if mode == "system2" else ()
+    completion = [*text_ids(tokenizer, opening, keep=REASONING_TAGS), *text_ids(tokenizer, answer, keep), chat.end_of_turn]
     return asked + completion, [0] * len(asked) + [1] * len(completion)
 
 
-def _behind_open_thought(answer: str) -> str:
-    """An answer as it goes on behind a generation prompt that has opened the thought; one without a thought closes it first."""
+def _behind_open_thought(answer: str) -> tuple[str, str]:
+    """How an answer goes on behind a generation prompt that has opened the thought: (what closes an empty one, the rest)."""
     opened, closed = REASONING_TAGS
-    return answer.removeprefix(opened).lstrip("\n") if closed in answer else f"\n{closed}\n\n{answer}"
+    return ("", answer.removeprefix(opened).lstrip("\n")) if closed in answer else (f"\n{closed}\n\n", answer)
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -93,7 +96,7 @@ def text_ids(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
     A string that the tokenizer would take for an added token is tokenized in two parts, cut behind its first letter.
     keep  added tokens that the text may use (a reasoning model's own <think> tags, in an answer)
     """
-    cuts = [match.start() + 1 for match in _added_tokens(tokenizer, keep).finditer(text)]
+    cuts = [match.start() + 1 for match in _added_tokens(tokenizer, len(tokenizer), keep).finditer(text)]
     ids: list[int] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         if start < end:
@@ -140,9 +143,19 @@ def _end_of_turn(tokenizer, mode: str) -> int:
 
 def _render(tokenizer, messages: list[dict], mode: str, add_generation_prompt: bool) -> str:
     # enable_thinking: templates of Qwen3's kind close the thought at once for an answer without one; others ignore it
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=mode == "system2"
-    )
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=mode == "system2"
+        )
+    except TemplateError as error:
+        raise ConfigError(f"The chat template of {tokenizer.name_or_path} cannot be used: {shortened(error)}.") from error
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 (hex) of all that decides a row's token ids: vocabulary, merges, added tokens and chat template."""
+    return sha256((tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
 def _pieces(tokenizer, text: str) -> list[int | str]:
@@ -166,7 +179,7 @@ def _joined(pieces: list[int | str]) -> list[int | str]:
 
 
 @lru_cache(maxsize=32)
-def _added_tokens(tokenizer, keep: tuple[str, ...]) -> re.Pattern:
-    """Matches, without consuming, every place where an added token's string begins."""
+def _added_tokens(tokenizer, size: int, keep: tuple[str, ...]) -> re.Pattern:
+    """Matches, without consuming, every place where an added token's string begins; `size` tells a grown vocabulary from before."""
     tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token not in keep and len(token) > 1]
     return re.compile(f"(?={'|'.join(tokens)})" if tokens else r"(?!)")

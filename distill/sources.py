@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import store
 from .errors import ConfigError, DataError, DistillError, did_you_mean, shortened
-from .models import hub_info
+from .models import cannot_reach_hub, hub_info, is_network_error
 
 ROW_FIELDS = ("instruction", "input", "output")
 ENTRY_KEYS = ("source", "columns", "weight", "slice")
@@ -124,14 +124,14 @@ def provenance(source: Source) -> dict:
 def local_files(name: str) -> list[Path]:
     """The data files that a path means, in order; empty for a hub name. Raises DataError for a path that is not there."""
     path = store.resolve(name)
-    if path.is_dir():
+    if store.is_dir(path):
         files = sorted(file for file in path.rglob("*") if file.suffix in (*JSON_SUFFIXES, ".parquet"))
         if not files:
             raise DataError(f"{store.shown(path)} holds no .parquet, .json or .jsonl file.")
         if len({file.suffix == ".parquet" for file in files}) > 1:
             raise DataError(f"{store.shown(path)} holds both Parquet and JSON files: name the files you mean, as a list of sources.")
         return files
-    if path.is_file():
+    if store.is_file(path):
         if path.suffix not in (*JSON_SUFFIXES, ".parquet"):
             raise DataError(f"{store.shown(path)}: a data file is .parquet, .json or .jsonl.")
         return [path]
@@ -183,6 +183,8 @@ def _streamed(name: str, revision: str | None, split: str, start: str | None, st
     except DistillError:
         raise
     except Exception as error:
+        if is_network_error(error):
+            raise cannot_reach_hub(name, error) from error
         raise DataError(f"{name} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
 
 

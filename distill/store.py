@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 
 from .errors import ConfigError, DataError, DistillError, shortened
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 READ_CHARS = 1 << 20
 MAX_NAME_BYTES = 255
-_BETWEEN_ITEMS = {" ", "\t", "\r", "\n", ","}
+_BLANKS = {" ", "\t", "\r", "\n"}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -37,6 +38,26 @@ def resolve(path: str | Path) -> Path:
         why = "it holds a NUL character" if "\0" in str(place) else f"a name in it is longer than {MAX_NAME_BYTES} bytes"
         raise ConfigError(f"{shortened(repr(str(path)))} is no path: {why}.")
     return place
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file stands at `path`. Raises ConfigError where this user may not look."""
+    with _cannot_look(path):
+        return Path(path).is_file()
+
+
+def is_dir(path: str | Path) -> bool:
+    """Whether a folder stands at `path`. Raises ConfigError where this user may not look."""
+    with _cannot_look(path):
+        return Path(path).is_dir()
+
+
+@contextmanager
+def _cannot_look(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(f"Cannot read {shown(path)}: {error.strerror}. Choose a place that is yours.") from error
 
 
 def shown(path: str | Path) -> str:
@@ -83,16 +104,31 @@ def publish_folder(temporary: Path, path: Path) -> None:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    previous = path.with_name(path.name + ".previous")
-    if path.exists():
-        outdated = _temporary_name(path)
-        if previous.exists():
-            previous.rename(outdated)
+    previous = _previous(path)
+    if not path.exists():
+        temporary.rename(path)
+        return
+    outdated = _temporary_name(path)
+    if previous.exists():
+        previous.rename(outdated)
+    try:
         path.rename(previous)
         temporary.rename(path)
-        shutil.rmtree(outdated, ignore_errors=True)
-    else:
-        temporary.rename(path)
+    except BaseException:
+        recover(path)
+        raise
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Put `<path>.previous` back where a publication was cut short between its two renames; sweep up behind the dead."""
+    sweep(path)
+    if not path.exists() and _previous(path).exists():
+        _previous(path).rename(path)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
 
 
 def check_writable(path: str | Path) -> None:
@@ -110,7 +146,7 @@ def _folder_for(path: Path) -> Iterator[Path]:
     published = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path)
+        recover(path)
         yield temporary
         published = path.exists()
     finally:
@@ -275,26 +311,35 @@ def _lines(file, first: str, first_number: int) -> Iterator:
 def _list_items(file) -> Iterator:
     """Items of a JSON list whose opening bracket has been read already."""
     decode, buffer, position, wanted = json.JSONDecoder().raw_decode, "", 0, READ_CHARS
-    ended = False
+    ended, comma = False, None  # comma: None before the first item, then whether one has come since the last
     while True:
-        while buffer[position : position + 1] in _BETWEEN_ITEMS:
+        while (letter := buffer[position : position + 1]) in _BLANKS or (letter == "," and comma is False):
+            comma = True if letter == "," else comma
             position += 1
-        if buffer[position : position + 1] == "]":
+        if letter == "]" and not comma:
             if (buffer[position + 1 :] + file.read()).strip():
                 raise ValueError("text follows the list's end")
             return
         try:
+            if comma is False and letter:
+                raise ValueError("no comma")
             item, position = decode(buffer, position)
         except ValueError:
-            if ended:
+            if ended or (comma is False and letter):
                 rest = buffer[position:]
                 raise ValueError(f"breaks off near {shortened(rest, 60)!r}" if rest else "ends before its list does") from None
             # an item longer than the buffer: twice as much each time, so that a huge row costs linear time
             text = file.read(wanted)
             buffer, position, ended, wanted = buffer[position:] + text, 0, not text, wanted * 2
         else:
-            wanted = READ_CHARS
+            wanted, comma = READ_CHARS, False
             yield item
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file and its manifest."""
+    _manifest_place(path, MANIFEST).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 # Hashes and manifests
@@ -357,9 +402,7 @@ def lock(target: str | Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     target = resolve(target)
-    place = ROOT / "runs" / ".locks" / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:24]}.lock"
-    with _cannot_write(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(gettempdir()) / f"qwen-lab-{hashlib.sha256(os.fsencode(target)).hexdigest()[:24]}.lock"
     try:
         with _cannot_write(place):
             held = FileLock(place).acquire(blocking=False)

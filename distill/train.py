@@ -6,6 +6,7 @@ A checkpoint is published whole or not at all: it is saved under a temporary nam
 """
 
 import argparse
+import random
 import shutil
 import sys
 import time
@@ -20,7 +21,9 @@ from .errors import BackendError, ConfigError, DataError, DistillError
 from .models import load_student, stop_ids
 
 RUN_RECORD = "distill_run.json"
-SAVE_SECONDS = 240
+SAVE_SECONDS = 180  # leaves two of the five minutes for a validation and the saving itself
+POOL_BATCHES = 20
+EAGER_TOKENS = 512
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers")
 
 
@@ -47,22 +50,25 @@ def run(config_path: str | Path, run_folder: Path, reason: str) -> TrainResult:
     log, started = run_folder / "train.log", time.monotonic()
     arguments = ["--config", str(store.resolve(config_path)), "--run", str(run_folder)]
     with store.lock(out_dir):
+        store.recover(out_dir)
         before = _run_id(out_dir)
         try:
             with progress("Training") as update:
                 status = engine.run_module("distill.train", arguments, log, _progress(update))
         finally:
-            store.sweep(out_dir)
+            store.recover(out_dir)
             shutil.rmtree(run_folder / "cache", ignore_errors=True)
-        record = store.read_manifest(out_dir, name=RUN_RECORD) if out_dir.is_dir() else None
-        if record is None or record["run_id"] == before:  # a new, sealed checkpoint is the proof; an exit status is none
+        if _run_id(out_dir) in (None, before):  # a new, sealed checkpoint is the proof; an exit status is none
             raise engine.failure("Training", status, log)
+        record = store.read_manifest(out_dir, name=RUN_RECORD)
     return TrainResult(str(out_dir), "builtin", reason, time.monotonic() - started, record["metrics"], str(log))
 
 
 def _run_id(out_dir: Path) -> str | None:
+    """The run that made the checkpoint at `out_dir`; None where there is none."""
     place = out_dir / RUN_RECORD
-    return store.read_json(place).get("run_id") if place.is_file() else None
+    record = store.read_json(place) if store.is_file(place) else None
+    return record.get("run_id") if isinstance(record, dict) else None
 
 
 def _progress(update) -> Callable[[dict], None]:
@@ -97,7 +103,9 @@ def main() -> None:
 def train(job: dict, run_folder: Path) -> None:
     """Train a job's student and publish the best checkpoint at the job's `output_dir`; metrics and the last one stay in `run_folder`."""
     out_dir, tokens = Path(job["training"]["output_dir"]), Path(job["dataset"]["labeled_path"])
-    model, tokenizer = load_student(job["models"]["student"], attention=_attention())
+    attention, reason = attention_for(job["training"]["max_length"])
+    print(f"attention: {attention} ({reason}); weights: fp32, full fine-tuning")
+    model, tokenizer = load_student(job["models"]["student"], attention=attention)
     before = weight_hashes(model)
     rows, validation = _datasets(tokens, run_folder / "cache")
     trainer = _trainer(job, model, tokenizer, rows, validation, run_folder)
@@ -106,16 +114,20 @@ def train(job: dict, run_folder: Path) -> None:
     with store.atomic_folder(out_dir) as folder:
         trained = _save(trainer.model, tokenizer, folder)
         moved = verify_checkpoint(folder, before, trained)
-        record = _record(job, run_folder, _metrics(trainer, outcome, len(rows), moved))
+        record = _record(job, run_folder, before, _metrics(trainer, outcome, len(rows), moved))
         store.write_manifest(folder, record, name=RUN_RECORD)
     say(f"checkpoint: {store.shown(out_dir)}")
 
 
-def _attention() -> str:
-    """On a CPU the plain implementation: at short lengths its backward pass takes less than half the time of torch's fused one."""
+def attention_for(max_length: int) -> tuple[str, str]:
+    """The implementation of attention to train with, and why."""
     import torch
 
-    return "sdpa" if torch.cuda.is_available() else "eager"
+    if torch.cuda.is_available():
+        return "sdpa", "a GPU is visible"
+    if max_length > EAGER_TOKENS:
+        return "sdpa", f"rows may be longer than {EAGER_TOKENS} tokens, where plain attention takes too much memory"
+    return "eager", f"on a CPU, up to {EAGER_TOKENS} tokens, its backward pass is the faster one"
 
 
 def _datasets(tokens: Path, cache: Path) -> tuple:
@@ -137,27 +149,70 @@ def _labels(path: str):
 
 
 def _trainer(job: dict, model, tokenizer, rows, validation, run_folder: Path):
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     checkpoints = run_folder / "checkpoints"
     shutil.rmtree(checkpoints, ignore_errors=True)
     arguments = SFTConfig(**sft_settings(job["training"], str(checkpoints), validate=validation is not None))
     reporter = _reporter(run_folder / "metrics.jsonl", validate=validation is not None)
-    return SFTTrainer(
+    return _trainer_class(job["training"].get("group_by_length", False))(
         model=model, args=arguments, train_dataset=rows, eval_dataset=validation, processing_class=tokenizer, callbacks=[reporter]
     )
+
+
+def _trainer_class(group_by_length: bool) -> type:
+    """TRL's SFTTrainer; with `group_by_length`, one that draws its batches from `length_groups`."""
+    from torch.utils.data import Sampler
+    from trl import SFTTrainer
+
+    class LengthGroupSampler(Sampler):
+        def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+            self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def __iter__(self):
+            return iter(length_groups(self.lengths, self.batch_size, self.seed, self.epoch))
+
+    class LengthGroupedSFTTrainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            return LengthGroupSampler([len(ids) for ids in rows["input_ids"]], self._train_batch_size, self.args.seed)
+
+    return LengthGroupedSFTTrainer if group_by_length else SFTTrainer
+
+
+def length_groups(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """An epoch's row numbers, such that each batch holds rows of nearly one length and the batches come in random order.
+
+    Rows are drawn into pools of POOL_BATCHES batches, each pool sorted by length and cut into batches. transformers' own grouping leaves
+    a pool's batches in order of length, so that every pool teaches its long rows first and its short ones last: that trains far worse
+    where a row's length goes with its kind.
+    """
+    draw = random.Random(f"{seed} {epoch}")
+    order = draw.sample(range(len(lengths)), len(lengths))
+    batches = []
+    for start in range(0, len(order), batch_size * POOL_BATCHES):
+        pool = sorted(order[start : start + batch_size * POOL_BATCHES], key=lambda number: -lengths[number])
+        batches += [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
+    rest = [batches.pop()] if len(lengths) % batch_size else []  # the one short batch must come last: the loader cuts by number
+    draw.shuffle(batches)
+    return [number for batch in [*batches, *rest] for number in batch]
 
 
 def sft_settings(training: dict, checkpoints: str, validate: bool) -> dict:
     """A job's `training` block as keyword arguments of trl's SFTConfig.
 
-    transformers 5.15 and later have no `warmup_ratio` (a `warmup_steps` below 1 is the same share there) and no `group_by_length`.
+    transformers 5.15 and later have no `warmup_ratio` (a `warmup_steps` below 1 is the same share there);
+    `group_by_length` is the lab's own (`length_groups`).
     """
     settings = {key: value for key, value in training.items() if key not in ("output_dir", "warmup_ratio", "group_by_length")}
     if training.get("warmup_ratio"):
         settings["warmup_steps"] = training["warmup_ratio"]
-    if training.get("group_by_length"):
-        settings["train_sampling_strategy"] = "group_by_length"
     pace = settings.setdefault("save_strategy", "steps" if "save_steps" in settings else "epoch")
     if validate:
         settings |= {"eval_strategy": pace, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
@@ -205,12 +260,13 @@ def _keep_last(trainer, run_folder: Path) -> None:
     """Keep the last training checkpoint's model as `last/` in the run's folder; drop optimizer states and older ones."""
     checkpoints = run_folder / "checkpoints"
     last = checkpoints / f"checkpoint-{trainer.state.global_step}"
-    if last.is_dir():
-        for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"):
-            (last / state).unlink(missing_ok=True)
-        with store.atomic_folder(run_folder / "last") as folder:
-            shutil.copytree(last, folder, dirs_exist_ok=True)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if not last.is_dir():
+        raise BackendError(f"The last training checkpoint, {store.shown(last)}, is missing.")
+    for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"):
+        (last / state).unlink(missing_ok=True)
+    with store.atomic_folder(run_folder / "last") as folder:
+        shutil.copytree(last, folder, dirs_exist_ok=True)
+    shutil.rmtree(checkpoints)
 
 
 def _save(model, tokenizer, folder: Path) -> dict:
@@ -271,29 +327,40 @@ def _metrics(trainer, outcome, rows: int, moved: int) -> dict:
     }
 
 
-def _record(job: dict, run_folder: Path, metrics: dict) -> dict:
+def _record(job: dict, run_folder: Path, student: dict, metrics: dict) -> dict:
     """What `distill_run.json` says of a checkpoint, besides its files."""
     import platform
     import secrets
     from importlib.metadata import version
 
     plan = run_folder / "plan.json"
+    planned = store.read_json(plan) if plan.is_file() else {}
     tokens = Path(job["dataset"]["labeled_path"])
     return {
         "run_id": secrets.token_hex(8),
         "backend": "builtin",
         "job": job,
-        **(store.read_json(plan) if plan.is_file() else {}),
+        **planned,
+        "settings": _with_edits(planned.get("settings", {}), job["training"]),
+        "student_sha256": store.hash_json(student),
         "tokens_sha256": store.hash_file(tokens),
+        "engine_sha256": store.hash_file(__file__),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "metrics": metrics,
     }
 
 
+def _with_edits(planned: dict, training: dict) -> dict:
+    """The planned settings with their origins; what the job says otherwise was edited there."""
+    edited = {key: value for key, value in training.items() if key != "output_dir" and planned.get(key, {}).get("value") != value}
+    return {**planned, **{key: {"value": value, "origin": "job file"} for key, value in edited.items()}}
+
+
 def check_out_dir(out_dir: str | Path) -> None:
     """Raise ConfigError unless a checkpoint may be published at `out_dir`: writable, and no folder of somebody's other work."""
     folder = store.resolve(out_dir)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / RUN_RECORD).is_file())):
+    ours = store.is_dir(folder) and (store.is_file(folder / RUN_RECORD) or not any(folder.iterdir()))
+    if not ours and (store.is_dir(folder) or store.is_file(folder)):
         raise ConfigError(
             f"out_dir = {store.shown(folder)}: something stands there that is no checkpoint of the lab. Choose another place."
         )

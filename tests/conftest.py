@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = str(REPOSITORY)  # so that the engine's processes fin
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder that stands for the project's root: relative paths and locks land there."""
+    """A folder that stands for the project's root: relative paths count from there."""
     from distill import store
 
     root = tmp_path / "project"

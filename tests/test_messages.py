@@ -18,7 +18,8 @@ def lab(*arguments, cwd=ROOT, app=ROOT / "distill_app.py", **environment) -> sub
 
 
 def tree(*folders: Path) -> set[str]:
-    return {str(path) for folder in folders if folder.exists() for path in folder.rglob("*") if ".locks" not in str(path)}
+    found = {path for folder in folders for path in folder.rglob("*") if ".venv" not in path.parts and ".git" not in path.parts}
+    return {str(path) for path in found if "__pycache__" not in path.parts}
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def refused(tmp_path):
     """Run a command that must fail; returns its message after checking that it left nothing."""
 
     def run(*arguments, **environment) -> str:
-        watched = (tmp_path, ROOT / "runs", ROOT / "configs", ROOT / "data")
+        watched = (tmp_path, ROOT)
         before = tree(*watched)
         done = lab(*arguments, **environment)
         assert done.returncode == 1, done.stdout + done.stderr
@@ -129,6 +130,47 @@ def test_a_student_whose_weights_are_garbage_is_refused(tmp_path, rows, refused,
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
     message = refused(*system1(tmp_path, rows, student_model=folder))
     assert f"Invalid student model: {folder}" in message
+
+
+def test_a_student_whose_tokenizer_is_garbage_is_refused(tmp_path, rows, refused, micro):
+    folder = tmp_path / "student"
+    shutil.copytree(micro / "student_system1", folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert f"Invalid student model: {folder}" in refused(*system1(tmp_path, rows, student_model=folder))
+
+
+def test_a_job_place_that_holds_the_data_is_refused(tmp_path, rows, refused):
+    kept = rows.read_text()
+    assert "config_path" in refused(*system1(tmp_path, rows, config_path=rows))
+    assert rows.read_text() == kept
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root, which it has not got")
+@pytest.mark.parametrize("setting", ["out_dir", "labeled_path", "config_path", "student_model"])
+def test_places_of_another_user_are_refused_in_words(setting, tmp_path, rows, micro):
+    """Run without root's rights, on a folder that only root may enter."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o700)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to(tmp_path.parents[2]):
+            folder.chmod(0o755)
+    places = {
+        "labeled_path": str(rows),
+        "out_dir": "/tmp/none/student",
+        "config_path": "/tmp/none/job.json",
+        setting: str(locked / "x" / "y.json"),
+    }
+    code = f"""
+import os, transformers, distill_app
+os.setgid(65534); os.setuid(65534)
+try:
+    distill_app.write_system1_config({{"preset": "micro_system1", **{places}}})
+except distill_app.DistillError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "refused:" in done.stdout and "Permission denied" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_hub_that_cannot_be_reached_blames_nobody(tmp_path, rows, refused):

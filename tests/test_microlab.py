@@ -51,7 +51,8 @@ def test_students_are_the_untrained_models_of_their_seed(models):
     for name in ("student_system1", "student_system2"):
         model, tokenizer = models[name]
         fresh = microlab.new_model(name, tokenizer, seed).bfloat16().float()
-        assert all((left == right).all() for left, right in zip(model.parameters(), fresh.parameters(), strict=True))
+        # within one rounding of bf16: another processor's random numbers may differ in the last bit
+        assert all(left.allclose(right, rtol=2**-7) for left, right in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
 def test_teacher_reaches_its_floor_on_every_family(models, heldout):
@@ -76,7 +77,7 @@ def test_held_out_questions_appear_in_no_training_row_in_any_phrasing(tables, he
     assert len(asked) == len(heldout)
     trained = {question_of(text).id for text in tables["distilqwen"]["instruction"].to_pylist()}
     trained |= {question_of(text).id for text in tables["omnithought"]["question"].to_pylist()}
-    trained |= {row["id"] for rows in microlab.gold_rows(0).values() for row in rows}
+    trained |= {row["id"] for rows in microlab.gold_rows(store.read_manifest(microlab.MICRO)["seed"]).values() for row in rows}
     assert not asked & trained
 
 

@@ -178,7 +178,7 @@ def test_the_asked_ids_begin_the_trained_ones_and_only_the_answer_and_its_end_ar
     assert ids[-1] == stop_ids(family)[0]
     answer = output.strip()
     if family.decode(asked).endswith("<think>\n"):
-        answer = answer.removeprefix("<think>\n")
+        answer = answer.removeprefix("<think>\n") if "</think>" in answer else f"\n</think>\n\n{answer}"
     assert family.decode(ids[len(asked) : -1]) == answer
 
 
@@ -207,14 +207,21 @@ def test_think_tags_are_letters_in_a_question_and_tokens_in_an_answer(families):
     assert "<think> mean, and </think>?" in qwen3.decode(asked)
 
 
+def test_think_tags_are_letters_in_a_plain_answer(families):
+    qwen3 = families["qwen3"]
+    ids, mask = trained_ids(qwen3, "Add.", "the tag <think> and </think>", mode="system1")
+    assert control_ids(qwen3, ids[mask.index(1) : -1]) == []
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_letters_in_question_input_and_answer(family, text):
     ids, mask = trained_ids(family, text, text, f"in: {text}")
     asked, answer = ids[: mask.index(1)], ids[mask.index(1) : -1]
     assert control_ids(family, asked) == control_ids(family, asked_ids(family, "x"))
-    assert control_ids(family, answer) == []
+    empty_thought = "\n</think>\n\n" if family.decode(asked).endswith("<think>\n") else ""
+    assert control_ids(family, answer) == control_ids(family, family(empty_thought, add_special_tokens=False)["input_ids"])
     assert family.decode(asked) == framed(family, format_prompt(text, f"in: {text}"))
-    assert family.decode(answer) == text.strip()
+    assert family.decode(answer) == empty_thought + text.strip()
 
 
 def test_hostile_text_at_random_never_becomes_a_control_token(families):

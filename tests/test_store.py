@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -396,4 +397,32 @@ def test_a_lock_is_free_again_after_its_block_and_after_an_exception(project):
     with store.lock("out"), pytest.raises(DistillError, match="Another run"), store.lock(project / "x" / ".." / "out"):
         pytest.fail("one place has two locks")
     with store.lock("out"):
-        assert (project / "runs" / ".locks").is_dir()
+        assert not list(project.iterdir())
+
+
+def test_a_publication_cut_between_its_renames_is_put_right(tmp_path):
+    """Killed after the old folder was set aside and before the new one took its name: the old one stands at its place again."""
+    place = tmp_path / "student"
+    (tmp_path / "student.previous").mkdir()
+    (tmp_path / "student.previous" / "weights").write_text("old")
+    store.recover(place)
+    assert (place / "weights").read_text() == "old" and not (tmp_path / "student.previous").exists()
+
+
+def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    place = tmp_path / "student"
+    with store.atomic_folder(place) as folder:
+        (folder / "weights").write_text("old")
+    rename = Path.rename
+
+    def fail_at_the_end(self, target):
+        if Path(target) == place and ".tmp-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_end)
+    with pytest.raises(KeyboardInterrupt), store.atomic_folder(place) as folder:
+        (folder / "weights").write_text("new")
+    monkeypatch.undo()
+    assert (place / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from distill import store, train
-from distill.errors import BackendError
+from distill.errors import BackendError, ConfigError
 from distill.models import load_student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +159,63 @@ def test_weights_that_do_not_change_are_a_failure(tmp_path, make_job):
     with pytest.raises(BackendError, match="nothing was learnt"):
         train.run(job, tmp_path / "run", "test")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_edited_after_its_tokens_were_made_is_refused(tmp_path, make_job, micro):
+    from distill.pipeline import run_easy_distill
+
+    job = make_job(tmp_path, [{"instruction": "Is 1234 even or odd?", "output": "even"}])
+    changed = store.read_json(job)
+    changed["training"]["max_length"] = 64
+    store.write_json(job, changed)
+    with pytest.raises(ConfigError, match="another max_length"):
+        run_easy_distill(job)
+
+
+def test_an_edit_in_the_job_file_is_recorded_as_such():
+    planned = {"learning_rate": {"value": 0.1, "origin": "yours"}, "seed": {"value": 1, "origin": "preset x"}}
+    recorded = train._with_edits(planned, {"learning_rate": 0.2, "seed": 1, "output_dir": "/x"})
+    assert recorded == {"learning_rate": {"value": 0.2, "origin": "job file"}, "seed": {"value": 1, "origin": "preset x"}}
+
+
+def test_length_groups_cover_every_row_once_with_little_padding_in_random_order():
+    lengths = [(number * 7919) % 190 + 10 for number in range(1003)]
+    order = train.length_groups(lengths, 16, seed=0, epoch=0)
+    assert sorted(order) == list(range(1003))
+    assert order == train.length_groups(lengths, 16, seed=0, epoch=0) != train.length_groups(lengths, 16, seed=0, epoch=1)
+    batches = [[lengths[number] for number in order[start : start + 16]] for start in range(0, 1003, 16)]
+    assert sum(max(batch) * len(batch) for batch in batches) < 1.1 * sum(lengths)
+    means = [sum(batch) / len(batch) for batch in batches]
+    rising = sum(left < right for left, right in zip(means, means[1:], strict=False)) / (len(means) - 1)
+    assert 0.35 < rising < 0.65
+
+
+def test_the_engine_draws_its_batches_by_length_when_asked(tmp_path, make_job, prepared_rows):
+    rows = [{**row, "output": row["output"] * (20 if number % 2 else 1)} for number, row in enumerate(prepared_rows[:64])]
+    settings = {"per_device_train_batch_size": 4, "max_steps": 16, "logging_steps": 1, "warmup_ratio": 0.0}
+    tokens = {}
+    for grouped in (True, False):
+        folder = tmp_path / str(grouped)
+        train.run(make_job(folder, rows, group_by_length=grouped, **settings), folder / "run", "test")
+        logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        tokens[grouped] = [line["num_tokens"] for line in logged if "loss" in line]
+    steps = {grouped: [right - left for left, right in zip(seen, seen[1:], strict=False)] for grouped, seen in tokens.items()}
+    assert max(steps[True]) - min(steps[True]) > max(steps[False]) - min(steps[False])  # long with long, short with short
+
+
+def test_the_engine_sees_one_gpu(monkeypatch):
+    from distill import engine
+
+    for given, seen in (("2,3", "2"), ("", ""), ("1", "1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert engine._one_gpu() == {"CUDA_VISIBLE_DEVICES": seen}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert engine._one_gpu() == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_attention_is_chosen_with_a_reason():
+    assert train.attention_for(512)[0] == "eager" and train.attention_for(513)[0] == "sdpa"
+    assert all(train.attention_for(length)[1] for length in (64, 4096))
 
 
 def test_a_second_training_keeps_the_first_checkpoint_as_previous(tmp_path, make_job):
