@@ -57,30 +57,30 @@ class Question:
     answer: str
 
     @property
-    def id(self):
+    def id(self) -> str:
         """`add:347,285`: the same for every phrasing."""
         return question_id(self.family, self.arguments)
 
 
-def question_id(family, arguments):
+def question_id(family: str, arguments: tuple) -> str:
     return f"{family}:{','.join(arguments)}"
 
 
-def _draw_letters(rng):
+def _draw_letters(rng: random.Random) -> tuple:
     return ("".join(rng.choices(string.ascii_uppercase, k=4)),)
 
 
-def _draw_number(rng):
+def _draw_number(rng: random.Random) -> tuple:
     return (str(rng.randint(1000, 9999)),)
 
 
-def _draw_pair(rng):
+def _draw_pair(rng: random.Random) -> tuple:
     """Two 3-digit numbers, the larger first: no difference is negative, and 285 + 347 is not 347 + 285 in disguise."""
     low, high = sorted((rng.randint(100, 999), rng.randint(100, 999)))
     return str(high), str(low)
 
 
-def _draw_product(rng):
+def _draw_product(rng: random.Random) -> tuple:
     return str(rng.randint(100, 999)), str(rng.randint(2, 9))
 
 
@@ -209,13 +209,13 @@ _FAMILIES = (
 FAMILIES = {family.name: family for family in _FAMILIES}
 
 
-def split_of(family, arguments):
+def split_of(family: str, arguments: tuple) -> str:
     """`"heldout"` or `"train"`: decided by a hash of the question alone, so that the two never share a question, whatever the seed."""
     digest = hashlib.sha256(question_id(family, arguments).encode()).digest()
     return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
 
 
-def sample_questions(family, n, seed, split):
+def sample_questions(family: str, n: int, seed: int, split: str) -> list[Question]:
     """`n` distinct questions of one family and split ("train" or "heldout"), the same for the same seed.
 
     Raises ValueError where the family has fewer (the smallest, multiply, has 7,200 questions, a fifth of them held out).
@@ -233,12 +233,12 @@ def sample_questions(family, n, seed, split):
     return list(found.values())
 
 
-def phrase(question, rng):
+def phrase(question: Question, rng: random.Random) -> str:
     """The question in words: one of its family's phrasings."""
     return rng.choice(FAMILIES[question.family].phrasings).format(*question.arguments)
 
 
-def question_of(instruction):
+def question_of(instruction: str) -> Question:
     """The question that an instruction asks: the inverse of `phrase`.  `Find the sum of 347 and 285.` → add:347,285
 
     Raises ValueError for a text that is no phrasing of any family.
@@ -252,7 +252,7 @@ def question_of(instruction):
     raise ValueError(f"no family of the micro world asks {instruction!r}")
 
 
-def _columns(question):
+def _columns(question: Question) -> list[tuple]:
     """Column by column from the ones: [(what is reckoned, its value, digit to write, carry or borrow)].
 
     347 + 285 → [("7+5", 12, 2, 1), ("4+8+1", 13, 3, 1), ("3+2+1", 6, 6, 0)]
@@ -280,7 +280,7 @@ def _columns(question):
     return columns
 
 
-def worked_steps(question, style, checks=1):
+def worked_steps(question: Question, style: str, checks: int = 1) -> str:
     """The thought of a reasoning question in one of STYLES; `checks` is how often a careful one goes over its steps again.
 
     short     7+5=12 ⏎ 4+8+1=13 ⏎ 3+2+1=6
@@ -301,19 +301,19 @@ def worked_steps(question, style, checks=1):
     return spoken if style == "spoken" else "Let me go slowly.\n" + spoken + f"\nCheck it again.\n{short}" * checks
 
 
-def sample_thought(question, rng):
+def sample_thought(question: Question, rng: random.Random) -> str:
     """A thought in a style drawn by its share; a careful one checks once to three times."""
     style = rng.choices(list(STYLES), weights=list(STYLES.values()))[0]
     return worked_steps(question, style, checks=rng.randint(1, 3))
 
 
-def verbosity_level(thought, question):
+def verbosity_level(thought: str, question: Question) -> int:
     """Reasoning verbosity, 0 to 9: 2 × log2 of the thought's length in characters over that of the shortest thought for the question."""
     ratio = max(1.0, len(thought) / len(worked_steps(question, "short")))
     return min(9, int(2 * math.log2(ratio)))
 
 
-def difficulty_level(question):
+def difficulty_level(question: Question) -> int:
     """Cognitive difficulty, 0 to 9: 3 for every carry or borrow, and up to 2 for the share of big digits (6 to 9) in the question."""
     carries = sum(kept > 0 for _, _, _, kept in _columns(question))
     digits = "".join(question.arguments)
@@ -338,7 +338,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
 
-def tokenizer_words():
+def tokenizer_words() -> list[str]:
     """Every text that the tokenizer learns its merges from: all templates and styles, with arguments left out."""
     blank = Question("add", 2, ("000", "000"), "2")
     texts = [phrasing.format("", "") for family in FAMILIES.values() for phrasing in family.phrasings]
