@@ -207,8 +207,13 @@ def _answers(model, tokenizer, questions: list[dict], temperature: float, seed: 
         for mode in ("system1", "system2"):
             numbers = [number for number, question in enumerate(questions) if f"system{question['system']}" == mode]
             asked = [asked_ids(tokenizer, questions[number]["instruction"], mode=mode) for number in numbers]
-            limit = MAX_NEW_TOKENS[mode]
-            made = generate(model, tokenizer, asked, limit, temperature=temperature, seed=seed, batch_tokens=65_536, update=update)
+            before = sum(answer is not None for answer in answers)
+
+            def show(done: int, before: int = before) -> None:
+                update(before + done)
+
+            limits = {"max_new_tokens": MAX_NEW_TOKENS[mode], "batch_tokens": 65_536}
+            made = generate(model, tokenizer, asked, temperature=temperature, seed=seed, update=show, **limits)
             for number, answer in zip(numbers, made, strict=True):
                 answers[number] = answer
     return answers
