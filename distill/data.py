@@ -256,7 +256,7 @@ def check_labeled(path: str | Path, system: str) -> int:
         count = _check_rows(path)
         if not count:
             raise DataError(f"{store.shown(path)} is empty.")
-        if validation_path(path).is_file():
+        if store.is_file(validation_path(path)):
             _check_rows(validation_path(path))
     except DataError as error:
         raise DataError(f"{NO_DATA[system]}: {error} Prepare it: python distill_app.py prepare-{system}") from error

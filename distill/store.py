@@ -371,7 +371,7 @@ def write_manifest(target: Path, facts: dict, *, name: str = MANIFEST, files: It
 def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
     """The manifest of a folder or file; None where there is none. Raises DataError where a file is missing or changed."""
     place = _manifest_place(resolve(target), name)
-    if not place.is_file():
+    if not is_file(place):
         return None
     manifest = read_json(place)
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -387,7 +387,7 @@ def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
 
 
 def _manifest_place(target: Path, name: str) -> Path:
-    return target / name if target.is_dir() else target.with_name(f"{target.name}.manifest.json")
+    return target / name if is_dir(target) else target.with_name(f"{target.name}.manifest.json")
 
 
 # Locks

@@ -102,6 +102,9 @@ def main() -> None:
 
 def train(job: dict, run_folder: Path) -> None:
     """Train a job's student and publish the best checkpoint at the job's `output_dir`; metrics and the last one stay in `run_folder`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar's every state would be a line of the log
     out_dir, tokens = Path(job["training"]["output_dir"]), Path(job["dataset"]["labeled_path"])
     attention, reason = attention_for(job["training"]["max_length"])
     print(f"attention: {attention} ({reason}); weights: fp32, full fine-tuning")
@@ -133,11 +136,15 @@ def attention_for(max_length: int) -> tuple[str, str]:
 def _datasets(tokens: Path, cache: Path) -> tuple:
     """Training and validation rows as TRL takes them, memory-mapped: {"input_ids", "labels"}, -100 where nothing is supervised."""
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
 
     shutil.rmtree(cache, ignore_errors=True)
     split = validation_path(tokens)
     places = [tokens, split if split.is_file() else None]
-    return tuple(place and Dataset.from_generator(_labels, gen_kwargs={"path": str(place)}, cache_dir=str(cache)) for place in places)
+    try:
+        return tuple(place and Dataset.from_generator(_labels, gen_kwargs={"path": str(place)}, cache_dir=str(cache)) for place in places)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from error  # what `_labels` said, without the wrapping
 
 
 def _labels(path: str):
@@ -181,7 +188,9 @@ def _trainer_class(group_by_length: bool) -> type:
     class LengthGroupedSFTTrainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
-            return LengthGroupSampler([len(ids) for ids in rows["input_ids"]], self._train_batch_size, self.args.seed)
+            # grouped by all rows of a step, so that 8 × 1 and 1 × 8 take the same ones
+            step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return LengthGroupSampler([len(ids) for ids in rows["input_ids"]], step_rows, self.args.seed)
 
     return LengthGroupedSFTTrainer if group_by_length else SFTTrainer
 
