@@ -23,7 +23,7 @@ def say(text: str = "") -> None:
 
 def table(title: str, columns: list[str], rows: list[list]) -> None:
     """Print a table; all but the first column are aligned to the right."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:

@@ -128,11 +128,13 @@ def _show(report: dict) -> None:
     for family in SYSTEM1_FAMILIES + SYSTEM2_FAMILIES:
         low, high = report["system1"]["after"]["exact_match"][family]["ci"]
         values = {name: f"{scores['exact_match'][family]['value']:.3f}" for name, scores in columns.items()}
-        rows.append([family, *values.values(), f"{report['chance'][family]:.3f}", f"{low:.3f}-{high:.3f}"])
+        rows.append([family, *values.values(), f"{report['chance'][family]:.3f}", f"{low:.2f}-{high:.2f}"])
     n = next(iter(report["teacher"]["exact_match"].values()))["n"]
-    table(f"Exact match on {n} held-out questions a family", ["family", *columns, "chance", "student 95%"], rows)
+    table(f"Exact match on {n} held-out questions a family", ["family", *columns, "chance", "95%"], rows)
     share = report["system1"]["after"]["parameters"] / report["teacher"]["parameters"]
     say(f"System 1 keeps {retained(report):.1%} of the teacher's exact match over the {len(SYSTEM1_FAMILIES)} instruction families,")
     say(f"with {share:.0%} of its parameters. The reasoning families ({', '.join(SYSTEM2_FAMILIES)}), learnt from")
     say("bare answers, stay low: they are what System 2 is for.")
-    say("gold: taught exact answers. shuffled: taught another question's. chance: a label of the family, drawn blindly.")
+    say(
+        "gold: taught exact answers. shuffled: taught other questions' answers. chance: a blindly drawn label.\n95%: Wilson interval of the student."
+    )
