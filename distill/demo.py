@@ -135,6 +135,5 @@ def _show(report: dict) -> None:
     say(f"System 1 keeps {retained(report):.1%} of the teacher's exact match over the {len(SYSTEM1_FAMILIES)} instruction families,")
     say(f"with {share:.0%} of its parameters. The reasoning families ({', '.join(SYSTEM2_FAMILIES)}), learnt from")
     say("bare answers, stay low: they are what System 2 is for.")
-    say(
-        "gold: taught exact answers. shuffled: taught other questions' answers. chance: a blindly drawn label.\n95%: Wilson interval of the student."
-    )
+    say("gold: taught exact answers. shuffled: taught other questions' answers. chance: a blindly drawn label.")
+    say("95%: Wilson interval of the student.")
