@@ -104,11 +104,11 @@ def _report(checkpoints: dict, labeled: Path, seed: int) -> dict:
 
 
 def _chance(labeled: Path) -> dict:
-    """By family, how often a label drawn from the training rows is right: the sum of the squared label frequencies."""
+    """By family, the share of the commonest label: what a student reaches that learnt form and frequency alone."""
     labels = defaultdict(Counter)
     for row in store.read_rows(labeled):
         labels[question_of(row["instruction"]).family][row["output"]] += 1
-    return {family: sum((count / labels[family].total()) ** 2 for count in labels[family].values()) for family in FAMILIES}
+    return {family: max(labels[family].values(), default=0) / max(labels[family].total(), 1) for family in FAMILIES}
 
 
 def retained(report: dict, families: list[str] = SYSTEM1_FAMILIES) -> float:
@@ -135,5 +135,5 @@ def _show(report: dict) -> None:
     say(f"System 1 keeps {retained(report):.1%} of the teacher's exact match over the {len(SYSTEM1_FAMILIES)} instruction families,")
     say(f"with {share:.0%} of its parameters. The reasoning families ({', '.join(SYSTEM2_FAMILIES)}), learnt from")
     say("bare answers, stay low: they are what System 2 is for.")
-    say("gold: taught exact answers. shuffled: taught other questions' answers. chance: a blindly drawn label.")
+    say("gold: taught exact answers. shuffled: taught other questions' answers. chance: always the commonest answer.")
     say("95%: Wilson interval of the student.")

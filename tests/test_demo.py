@@ -30,12 +30,12 @@ def test_gold_labels_are_exact_and_change_wrong_rows_alone(prepared_rows):
         assert (gold == row) == (row["output"] == answer)
 
 
-def test_chance_is_how_often_a_blind_label_is_right(tmp_path):
+def test_chance_is_the_share_of_the_commonest_label(tmp_path):
     rows = [
         {"instruction": f"Tell me the parity of {number}.", "output": output} for number, output in enumerate(["even"] * 3 + ["odd"], 1234)
     ]
     store.write_rows(tmp_path / "rows.json", rows)
-    assert demo._chance(tmp_path / "rows.json")["parity"] == pytest.approx((3 / 4) ** 2 + (1 / 4) ** 2)
+    assert demo._chance(tmp_path / "rows.json")["parity"] == 3 / 4
 
 
 def test_scores_come_from_a_subprocess_each_model_asked_in_its_mode(tmp_path, micro, heldout):
