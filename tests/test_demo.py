@@ -73,3 +73,8 @@ def test_the_demo_reaches_its_targets():
     assert abs(mean["shuffled_labels"] - chance) < 0.1
     assert mean["gold_labels"] >= mean["after"] - 0.03
     assert evaluate.mean_exact_match(report["system1"]["after"], SYSTEM2_FAMILIES) < 0.35
+
+
+def test_the_demo_takes_every_instruction_row_and_a_fixed_number_of_the_others(tmp_path):
+    systems = [question_of(row["instruction"]).system for row in store.read_rows(demo._choose_rows(tmp_path / "rows.jsonl"))]
+    assert (systems.count(1), systems.count(2)) == (8400, demo.REASONING_ROWS)
