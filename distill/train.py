@@ -89,7 +89,7 @@ def main() -> None:
     """Train the job that the command line names; exit status 0 only where its checkpoint stands at `output_dir`."""
     parser = argparse.ArgumentParser(prog="python -m distill.train", description="Train a student with the built-in engine (TRL).")
     parser.add_argument("--config", required=True, help="job JSON, as write_system1_config makes it")
-    parser.add_argument("--run", help="folder for metrics and training checkpoints (default: a folder beside the job's token file)")
+    parser.add_argument("--run", help="folder for metrics and training checkpoints (default: the folder of the job's token file)")
     arguments = parser.parse_args()
     engine.end_with_parent()
     try:
