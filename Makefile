@@ -1,9 +1,9 @@
-# make demo, make test, make lint: each makes the environment it needs (.venv) and starts at once the second time.
+# make demo, make test, make lint, make notebook: each makes the environment it needs (.venv) and starts at once the second time.
 PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p; done))
 RUN := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint bench-demo micro setup clean
+.PHONY: demo test test-slow lint notebook bench-demo micro setup clean
 
 setup: $(READY)
 
@@ -28,6 +28,9 @@ lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 
+notebook: $(READY)
+	@$(RUN) benchmarks/run_notebook.py
+
 bench-demo: $(READY)
 	@$(RUN) benchmarks/bench_demo.py
 
@@ -35,4 +38,4 @@ micro: $(READY)
 	@$(RUN) distill_app.py build-micro
 
 clean:
-	rm -rf .venv runs reports distilled-* .pytest_cache .ruff_cache
+	rm -rf .venv .train-env runs reports distilled-* .pytest_cache .ruff_cache

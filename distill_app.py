@@ -5,25 +5,51 @@
 '…/distilled-micro-system1'
 """
 
-from distill.data import Prepared, prepare_system1_dataset
+from distill.chat import chat
+from distill.compare import Comparison, compare_models
+from distill.data import prepare_system1_dataset
+from distill.environment import setup_engine
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
-from distill.pipeline import distill_system1, run_easy_distill, write_system1_config
+from distill.generation import infer_student
+from distill.label import label_with_teacher
+from distill.models import load_student, load_teacher
+from distill.notebook import ask_student, choose_models, plot_loss, setup_lab, show_memory, show_training_row
+from distill.pipeline import distill_system1, distill_system2, run_easy_distill, write_system1_config, write_system2_config
+from distill.preparation import Prepared
 from distill.prompt import format_prompt
+from distill.traces import prepare_system2_dataset
 from distill.train import TrainResult
 
 __all__ = [
     "BackendError",
+    "Comparison",
     "ConfigError",
     "DataError",
     "DistillError",
     "PreflightError",
     "Prepared",
     "TrainResult",
+    "ask_student",
+    "chat",
+    "choose_models",
+    "compare_models",
     "distill_system1",
+    "distill_system2",
     "format_prompt",
+    "infer_student",
+    "label_with_teacher",
+    "load_student",
+    "load_teacher",
+    "plot_loss",
     "prepare_system1_dataset",
+    "prepare_system2_dataset",
     "run_easy_distill",
+    "setup_engine",
+    "setup_lab",
+    "show_memory",
+    "show_training_row",
     "write_system1_config",
+    "write_system2_config",
 ]
 
 if __name__ == "__main__":

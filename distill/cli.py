@@ -13,7 +13,11 @@ EPILOG = """examples:
   python distill_app.py demo
   python distill_app.py prepare-system1 --source my_rows.jsonl --columns instruction=question,output=answer
   python distill_app.py system1 --set student_model=Qwen/Qwen2.5-0.5B-Instruct --set num_epochs=1
+  python distill_app.py prepare-system2 --rows 2000 --rv-max 5 && python distill_app.py system2
+  python distill_app.py compare "Why is the sky blue?"
+  python distill_app.py chat ./distilled-qwen2.5-1.5b-cot
 """
+SYSTEMS = {"system1": "System-1 student (answers at once)", "system2": "System-2 student (reasons first)"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="distill_app.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_prepare_system1, _add_system1, _add_build_micro):
+    adders = [_add_demo, _add_prepare_system1, _add_prepare_system2, _add_label, _add_system1, _add_system2, _add_compare, _add_chat]
+    for add in (*adders, _add_build_micro):
         add(commands).add_argument(
             "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"
         )
@@ -65,21 +70,24 @@ def _add_prepare_system1(commands) -> argparse.ArgumentParser:
     from .data import DISTILQWEN
 
     parser = commands.add_parser("prepare-system1", help="make the labelled rows that System 1 is trained on")
-    parser.add_argument(
-        "--source", default=DISTILQWEN, help=f"hub dataset, or JSON, JSONL or Parquet file or folder (default {DISTILQWEN})"
-    )
-    parser.add_argument("--mix", metavar="FILE", help="instead: a JSON list of {source, columns, weight, slice} to mix")
-    parser.add_argument(
-        "--slice", default="train[:1000]", help="source rows to read: train, train[:1000], train[10%%:20%%] (default train[:1000])"
-    )
-    parser.add_argument("--columns", metavar="FIELD=COLUMN,…", help="e.g. instruction=question,output=answer")
+    _add_source(parser, DISTILQWEN, "train[:1000]", "instruction=question,output=answer")
     parser.add_argument("--rows", type=int, help="how many rows to keep (default: all that are read)")
-    parser.add_argument("--validation", type=float, default=0.05, help="share of the rows split off for validation (default 0.05)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the split and of a mixture (default 42)")
+    parser.add_argument("--teacher", help="teacher for --relabel: a folder or a name on the hub")
+    parser.add_argument("--relabel", nargs="?", const=True, default=False, type=int, metavar="N", help="relabel all rows, or the first N")
     parser.add_argument("--out-instructions", default="data/train_instructions.json", metavar="FILE")
     parser.add_argument("--out-labeled", default="data/train_labeled.json", metavar="FILE")
     parser.set_defaults(run=_prepare_system1)
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser, source: str, rows: str, columns: str) -> None:
+    """What both preparations read from."""
+    parser.add_argument("--source", default=source, help=f"hub dataset, or JSON, JSONL or Parquet file or folder (default {source})")
+    parser.add_argument("--mix", metavar="FILE", help="instead: a JSON list of {source, columns, weight, slice} to mix")
+    parser.add_argument("--slice", default=rows, help=f"source rows to read: train, train[:1000], train[10%%:20%%] (default {rows})")
+    parser.add_argument("--columns", metavar="FIELD=COLUMN,…", help=f"e.g. {columns}")
+    parser.add_argument("--validation", type=float, default=0.05, help="share of the rows split off for validation (default 0.05)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the split and of a mixture (default 42)")
 
 
 def _prepare_system1(options) -> dict:
@@ -91,11 +99,88 @@ def _prepare_system1(options) -> dict:
         columns=_columns(options.columns),
         rows=options.rows,
         validation=options.validation,
+        teacher_model=options.teacher,
+        relabel_with_teacher=options.relabel,
         seed=options.seed,
         out_instructions=options.out_instructions,
         out_labeled=options.out_labeled,
     )
     return asdict(prepared)
+
+
+def _add_prepare_system2(commands) -> argparse.ArgumentParser:
+    from .traces import OMNITHOUGHT
+
+    parser = commands.add_parser("prepare-system2", help="choose the traces that System 2 is trained on")
+    _add_source(parser, OMNITHOUGHT, "train[:20000]", "instruction=problem,output=trace,rv=verbosity,cd=difficulty")
+    parser.add_argument("--rows", type=int, default=2000, help="how many rows to keep; reading stops there (default 2000)")
+    for bound, meaning in (("rv", "reasoning verbosity"), ("cd", "cognitive difficulty")):
+        parser.add_argument(f"--{bound}-min", type=float, default=0, help=f"least {meaning}, a level from 0 to 9 (default 0)")
+        parser.add_argument(f"--{bound}-max", type=float, default=9, help=f"greatest {meaning} (default 9)")
+    parser.add_argument("--long-share", type=float, help="share of rows whose trace is long, RV 6 or more (default: as they come)")
+    parser.add_argument(
+        "--student",
+        default="Qwen/Qwen2.5-1.5B-Instruct",
+        metavar="NAME",
+        help="whose tokenizer counts tokens (default Qwen2.5-1.5B-Instruct)",
+    )
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens; a longer trace is not taken, none is cut (default 4096)")
+    parser.add_argument("--out", default="data/omnithought_cot.json", metavar="FILE")
+    parser.set_defaults(run=_prepare_system2)
+    return parser
+
+
+def _prepare_system2(options) -> dict:
+    from .traces import prepare_system2_dataset
+
+    prepared = prepare_system2_dataset(
+        options.slice,
+        source=_read_list(options.mix) if options.mix else options.source,
+        columns=_columns(options.columns),
+        rows=options.rows,
+        rv_min=_level(options.rv_min),
+        rv_max=_level(options.rv_max),
+        cd_min=_level(options.cd_min),
+        cd_max=_level(options.cd_max),
+        long_share=options.long_share,
+        student_model=options.student,
+        max_length=options.max_length,
+        validation=options.validation,
+        seed=options.seed,
+        out_cot=options.out,
+    )
+    return asdict(prepared)
+
+
+def _level(number: float) -> float:
+    """A whole number as such: 1 is a level, where 1.0 might be meant as a share."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _add_label(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("label", help="let a teacher answer the rows of a file; goes on where an interrupted run stood")
+    parser.add_argument("source", metavar="FILE", help="JSON list or JSON lines of rows with an instruction")
+    parser.add_argument("--teacher", required=True, help="a folder or a name on the hub")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where the labelled rows go")
+    parser.add_argument("--bits", type=int, default=8, choices=(4, 8, 16, 32), help="of the teacher's weights (default 8)")
+    parser.add_argument(
+        "--mode", default="system1", choices=("system1", "system2"), help="system2 asks for reasoning first (default system1)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of an answer; one cut off there is dropped (default 256)")
+    parser.add_argument("--batch-size", type=int, help="questions a batch (default: as many as fit a budget of tokens)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="when sampling (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="when sampling (default 0)")
+    parser.set_defaults(run=_label)
+    return parser
+
+
+def _label(options) -> dict:
+    from .label import label_file
+
+    names = ("bits", "mode", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
+    labeled = label_file(options.source, options.teacher, options.out, **{name: getattr(options, name) for name in names})
+    return {"path": str(store.resolve(options.out)), "rows": len(labeled.rows), "dropped": labeled.dropped, "reused": labeled.reused}
 
 
 def _read_list(path: str) -> list:
@@ -116,18 +201,27 @@ def _columns(text: str | None) -> dict | None:
 
 
 def _add_system1(commands) -> argparse.ArgumentParser:
-    parser = commands.add_parser("system1", help="train the System-1 student on the prepared rows")
-    parser.add_argument("--preset", help="settings to start from: a name in configs/presets or a JSON file (default system1)")
+    return _add_system(commands, "system1")
+
+
+def _add_system2(commands) -> argparse.ArgumentParser:
+    return _add_system(commands, "system2")
+
+
+def _add_system(commands, system: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(system, help=f"train the {SYSTEMS[system]} on the prepared rows")
+    parser.add_argument("--preset", help=f"settings to start from: a name in configs/presets or a JSON file (default {system})")
     parser.add_argument("--config", metavar="FILE", help="JSON object of settings over the preset")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting over both; may be repeated")
-    parser.set_defaults(run=_system1)
+    parser.set_defaults(run=_distil, system=system)
     return parser
 
 
-def _system1(options) -> dict:
-    from .pipeline import distill_system1
+def _distil(options) -> dict:
+    from . import pipeline
 
-    return {"checkpoint": distill_system1(user_settings(options.config, options.set, options.preset))}
+    distil = {"system1": pipeline.distill_system1, "system2": pipeline.distill_system2}[options.system]
+    return {"checkpoint": distil(user_settings(options.config, options.set, options.preset))}
 
 
 def user_settings(config_file: str | None, assignments: list[str], preset: str | None) -> dict:
@@ -148,6 +242,42 @@ def _value(text: str):
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _add_compare(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("compare", help="show teacher and students side by side; a model that is not there is left out")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a question, asked in both modes")
+    parser.add_argument("--prompts-file", metavar="FILE", help='JSON list of texts or {"prompt", "modes": ["system1", "system2"]}')
+    parser.add_argument("--teacher", default="Qwen/Qwen2.5-7B-Instruct", help="folder or hub name (default Qwen/Qwen2.5-7B-Instruct)")
+    parser.add_argument("--system1", default="./distilled-qwen2.5-0.5b", metavar="PATH", help="default ./distilled-qwen2.5-0.5b")
+    parser.add_argument("--system2", default="./distilled-qwen2.5-1.5b-cot", metavar="PATH", help="default ./distilled-qwen2.5-1.5b-cot")
+    for name, limit in (("teacher", 256), ("sys1", 256), ("sys2", 1024)):
+        parser.add_argument(f"--max-tokens-{name}", type=int, default=limit, help=f"limit of an answer (default {limit})")
+    parser.set_defaults(run=_compare)
+    return parser
+
+
+def _compare(options) -> dict:
+    from .compare import compare_models
+
+    prompts = [*options.prompts, *(_read_list(options.prompts_file) if options.prompts_file else [])]
+    limits = {name: getattr(options, name) for name in ("max_tokens_teacher", "max_tokens_sys1", "max_tokens_sys2")}
+    return compare_models(prompts, options.teacher, options.system1, options.system2, **limits).to_dict()
+
+
+def _add_chat(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("chat", help="ask a student, or any model, question by question; answers appear as they are written")
+    parser.add_argument("path", help="a checkpoint's folder, or a name on the hub")
+    parser.add_argument("--mode", choices=("system1", "system2"), help="how to ask (default: as the checkpoint was trained)")
+    parser.add_argument("--max-new-tokens", type=int, help="limit of an answer (default 256, 1024 for system2)")
+    parser.set_defaults(run=_chat)
+    return parser
+
+
+def _chat(options) -> dict:
+    from .chat import chat
+
+    return {"answers": chat(options.path, mode=options.mode, max_new_tokens=options.max_new_tokens)}
 
 
 def _add_build_micro(commands) -> argparse.ArgumentParser:

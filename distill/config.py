@@ -18,7 +18,9 @@ TEMPLATE = store.ROOT / "configs" / "easydistill_template.jinja"
 JOB_TYPES = ("kd_black_box_train_only",)
 BACKENDS = ("auto", "builtin")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
-ALTERNATIVES = (("warmup_ratio", "warmup_steps"), ("save_strategy", "save_steps"))
+# one decision under two names: where you say one, the preset's gives way
+ALTERNATIVES = (("warmup_ratio", "warmup_steps"), ("save_strategy", "save_steps"), ("bf16", "fp16"), ("packing", "group_by_length"))
+OTHER_NAMES = {"num_epochs": "num_train_epochs", "cot_path": "labeled_path"}
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
 
 
@@ -48,7 +50,7 @@ class Setting:
 
 
 _KIND_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-_FP32 = "The built-in engine trains in fp32 so far; leave it out."
+_HALF = "Leave it out: the engine chooses by device and says why."
 
 # EasyDistill's `training` block: names as in its trl's SFTConfig; the engine translates those that a newer trl calls otherwise.
 TRAINING = {
@@ -72,8 +74,8 @@ TRAINING = {
     "neftune_noise_alpha": Setting(float, 0, 1000),
     "gradient_checkpointing": Setting(bool),
     "group_by_length": Setting(bool),
-    "bf16": Setting(bool, choices=(False,), why=_FP32),
-    "fp16": Setting(bool, choices=(False,), why=_FP32),
+    "bf16": Setting(bool, why=_HALF),
+    "fp16": Setting(bool, why=_HALF),
     "completion_only_loss": Setting(bool, choices=(True,), why="The lab supervises the answer alone."),
     "logging_steps": Setting(int, 1, 1_000_000),
     "save_strategy": Setting(str, choices=("epoch", "steps")),
@@ -83,13 +85,24 @@ TRAINING = {
     "disable_tqdm": Setting(bool),
     "report_to": Setting(str, choices=("none",), why="Metrics are in the run's folder, metrics.jsonl."),
 }
-# What a user's dict holds besides the training settings.
-USER_KEYS = ("preset", "teacher_model", "student_model", "labeled_path", "num_epochs", "out_dir", "config_path", "backend", "template_path")
+# What only the built-in engine can do: a job's section `lab`; flat names in a user's dict.
+LAB = {
+    "lora_rank": Setting(int, 0, 4096, why="0 trains every weight; usual for LoRA: 8 to 64."),
+    "lora_alpha": Setting(float, 0.001, 65_536, why="Usual: twice lora_rank."),
+    "lora_dropout": Setting(float, 0, 0.9),
+    "packing": Setting(bool),
+    "sample_answers": Setting(int, 0, 5, why="Validation questions answered at every save."),
+}
+LAB_DEFAULTS = {"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0, "packing": False, "sample_answers": 3}
+LORA_ALPHA_PER_RANK = 2
+# What a user's dict holds besides the settings of training and lab.
+USER_KEYS = ("preset", "teacher_model", "student_model", "labeled_path", "out_dir", "config_path", "backend", "template_path", *OTHER_NAMES)
 NEEDED = ("student_model", "labeled_path", "out_dir", "config_path", "num_train_epochs", "max_length", "learning_rate", "seed")
 JOB_SECTIONS = {
     "dataset": ("instruction_path", "labeled_path", "template", "seed"),
     "models": ("teacher", "student"),
     "training": ("output_dir", *TRAINING),
+    "lab": tuple(LAB),
     # A train-only job reads neither; EasyDistill's own job files carry them.
     "inference": (
         "base_url", "enable_chunked_prefill", "enforce_eager", "gpu_memory_utilization", "max_model_len",
@@ -126,12 +139,9 @@ def resolve(user: Mapping | None, preset: str) -> Settings:
     user = dict(user or {})
     preset = user.pop("preset", None) or preset
     unset = _unknown_keys(key for key, value in user.items() if value is None)
-    yours, problems = _one_epochs_key({key: value for key, value in user.items() if value is not None})
-    base, twice = _one_epochs_key(read_preset(preset))
-    for together in ALTERNATIVES:  # one decision under two names: where you say one, the preset's gives way
-        if any(key in yours for key in together):
-            base = {key: value for key, value in base.items() if key not in together}
-    values = {**base, **yours}
+    yours, problems = _one_name_each({key: value for key, value in user.items() if value is not None})
+    base, twice = _one_name_each(read_preset(preset))
+    values = {**_giving_way(base, yours), **yours}
     origins = {key: "yours" if key in yours else f"preset {preset}" for key in values}
     problems += twice + unset + _flat_problems(values)
     if not problems:
@@ -146,15 +156,19 @@ def resolve(user: Mapping | None, preset: str) -> Settings:
     return Settings(values, origins, notes)
 
 
-def _one_epochs_key(settings: dict) -> tuple[dict, list[str]]:
-    """`num_epochs` under its upstream name; both names together are a problem."""
-    settings = dict(settings)
-    problems = []
-    if "num_epochs" in settings:
-        if "num_train_epochs" in settings:
-            problems.append("num_epochs and num_train_epochs are one setting under two names: give only one.")
-        settings["num_train_epochs"] = settings.pop("num_epochs")
-    return settings, problems
+def _one_name_each(settings: dict) -> tuple[dict, list[str]]:
+    """Settings under their upstream names; one under both its names is a problem."""
+    twice = [(other, name) for other, name in OTHER_NAMES.items() if other in settings and name in settings]
+    renamed = {OTHER_NAMES.get(key, key): value for key, value in settings.items()}
+    return renamed, [f"{other} and {name} are one setting under two names: give only one." for other, name in twice]
+
+
+def _giving_way(base: dict, yours: dict) -> dict:
+    """A preset's settings without those that yours take the place of; a false one of yours takes no other's place."""
+    replaced = {key for together in ALTERNATIVES if any(yours.get(key, False) is not False for key in together) for key in together}
+    if yours.get("lora_rank") == 0:
+        replaced |= {"lora_alpha", "lora_dropout"}
+    return {key: value for key, value in base.items() if key not in replaced}
 
 
 def read_preset(name: str) -> dict:
@@ -170,7 +184,7 @@ def read_preset(name: str) -> dict:
 
 
 def _unknown_keys(keys: Iterable) -> list[str]:
-    known = (*USER_KEYS, *TRAINING)
+    known = (*USER_KEYS, *TRAINING, *LAB)
     return [f"{key}: no such setting.{did_you_mean(key, known)}" for key in keys if key not in known]
 
 
@@ -182,18 +196,37 @@ def _flat_problems(values: dict) -> list[str]:
             problems.append(f"{key} = {values[key]!r}: is no path or name.")
     if values.get("backend", "auto") not in BACKENDS:
         problems.append(f"backend = {values['backend']!r}: is not one of {', '.join(BACKENDS)}.")
-    return problems + _training_problems(values, prefix="")
+    return problems + _training_problems(values, prefix="") + _lab_problems(values, values, prefix="", training_prefix="")
+
+
+def _value_problems(values: dict, settings: dict, prefix: str) -> list[str]:
+    found = [(key, settings[key].problem(value)) for key, value in values.items() if key in settings]
+    return [f"{prefix}{key} = {values[key]!r}: {what}" for key, what in found if what]
 
 
 def _training_problems(values: dict, prefix: str) -> list[str]:
-    found = [(key, TRAINING[key].problem(value)) for key, value in values.items() if key in TRAINING]
-    problems = [f"{prefix}{key} = {values[key]!r}: {what}" for key, what in found if what]
+    problems = _value_problems(values, TRAINING, prefix)
+    if values.get("bf16") is True and values.get("fp16") is True:
+        problems.append(f"{prefix}bf16 and {prefix}fp16 are two ways to compute: give only one, or neither.")
     if values.get("warmup_ratio") and values.get("warmup_steps"):
         problems.append(f"{prefix}warmup_ratio and {prefix}warmup_steps are two ways to say one thing: give only one.")
     if values.get("save_strategy") == "epoch" and "save_steps" in values:
         problems.append(f"{prefix}save_steps = {values['save_steps']!r}: has no effect under {prefix}save_strategy = 'epoch'; drop one.")
     if values.get("save_strategy") == "steps" and "save_steps" not in values:
         problems.append(f"{prefix}save_strategy = 'steps' needs {prefix}save_steps.")
+    return problems
+
+
+def _lab_problems(values: dict, training: dict, prefix: str, training_prefix: str) -> list[str]:
+    problems = _value_problems(values, LAB, prefix)
+    if not values.get("lora_rank"):
+        problems += [
+            f"{prefix}{key} = {values[key]!r}: has no effect without {prefix}lora_rank; set that too, or drop it."
+            for key in ("lora_alpha", "lora_dropout")
+            if values.get(key)
+        ]
+    if values.get("packing") is True and training.get("group_by_length") is True:
+        problems.append(f"{prefix}packing and {training_prefix}group_by_length both decide which rows train together: give only one.")
     return problems
 
 
@@ -241,6 +274,7 @@ def build_job(settings: Settings, tokenized_path: Path) -> dict:
     values = settings.values
     training = {"output_dir": values["out_dir"], **{key: values[key] for key in TRAINING if key in values}}
     models = {"teacher": values.get("teacher_model"), "student": values["student_model"]}
+    lab = {key: values[key] for key, unused in LAB_DEFAULTS.items() if values.get(key, unused) != unused}
     return {
         "job_type": JOB_TYPES[0],
         "dataset": {
@@ -251,7 +285,16 @@ def build_job(settings: Settings, tokenized_path: Path) -> dict:
         },
         "models": {key: name for key, name in models.items() if name},
         "training": training,
+        **({"lab": lab} if lab else {}),
     }
+
+
+def lab_settings(job: dict) -> dict:
+    """A job's `lab` section with what it leaves out: every key of LAB, `lora_rank` 0 where all weights are trained."""
+    settings = {**LAB_DEFAULTS, **job.get("lab", {})}
+    if settings["lora_alpha"] is None:
+        settings["lora_alpha"] = LORA_ALPHA_PER_RANK * settings["lora_rank"]
+    return settings
 
 
 def read_job(path: str | Path) -> dict:
@@ -285,7 +328,9 @@ def job_problems(job) -> list[str]:
         ]
     models = _section(job, "models")
     problems += [f"models.{key} = {models[key]!r}: is no path or name." for key in models if not isinstance(models[key], str | None)]
-    return problems + _path_problems(job) + _training_problems(_section(job, "training"), prefix="training.")
+    training, lab = _section(job, "training"), _section(job, "lab")
+    problems += _path_problems(job) + _training_problems(training, prefix="training.")
+    return problems + _lab_problems(lab, training, prefix="lab.", training_prefix="training.")
 
 
 def _path_problems(job: dict) -> list[str]:

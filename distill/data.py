@@ -5,47 +5,35 @@ and input as they are asked. Files are JSON lists of rows, one row a line. Rows 
 not grow with their number.
 """
 
-import json
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from . import store
 from .console import progress, say
-from .errors import ConfigError, DataError, shortened
-from .prompt import format_prompt, tokenizer_hash, trained_ids
+from .errors import DataError, shortened
+from .label import label_rows, teacher_of
+from .preparation import (
+    DUPLICATE,
+    NO_DATA,
+    Prepared,
+    Spool,
+    argument_problems,
+    check_places,
+    is_unicode,
+    raise_problems,
+    readable,
+    why_nothing,
+    write_prepared,
+)
+from .prompt import format_prompt, row_id, tokenizer_hash, trained_ids
 from .sources import Source, mix, parse_sources, provenance
+from .store import validation_path
 
-NO_DATA = {"system1": "No data for System 1 distillation"}
 DISTILQWEN = "alibaba-pai/DistilQwen_100k"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a preparation read, kept and dropped, and where it lies.
-
-    path, validation_path, instructions_path  files; validation_path is None where nothing was split off
-    read        source rows read
-    kept        rows in `path`, validation rows not counted
-    validation  rows in `validation_path`
-    dropped     reason → rows
-    """
-
-    path: str
-    validation_path: str | None
-    instructions_path: str
-    read: int
-    kept: int
-    validation: int
-    dropped: dict
-
-    def __str__(self) -> str:
-        lines = [f"read {self.read:,} rows, kept {self.kept:,} for training and {self.validation:,} for validation"]
-        lines += [f"  dropped {count:,}: {reason}" for reason, count in sorted(self.dropped.items())]
-        return "\n".join([*lines, f"  {store.shown(self.path)}"])
 
 
 def prepare_system1_dataset(
@@ -55,6 +43,9 @@ def prepare_system1_dataset(
     columns: dict | None = None,
     rows: int | None = None,
     validation: float = 0.05,
+    teacher_model=None,
+    teacher_tokenizer=None,
+    relabel_with_teacher: bool | int = False,
     seed: int = 42,
     out_instructions: str = "data/train_instructions.json",
     out_labeled: str = "data/train_labeled.json",
@@ -66,80 +57,70 @@ def prepare_system1_dataset(
     columns     row field → column of the source, e.g. {"instruction": "question", "output": "answer"}
     rows        how many to keep (validation rows included); reading stops there. None keeps all that are read
     validation  share split off by id, 0 to 0.5
+    teacher_model, teacher_tokenizer  who relabels: a name or folder (loaded in 8-bit), or a loaded model with its tokenizer
+    relabel_with_teacher              True: every label is the teacher's, and the source needs none; a whole number: those of the first
+                                      so many rows; False: the data set's own
     Raises DataError `No data for System 1 distillation: …`, ConfigError for settings that cannot work.
 
     One row in:  {"instruction": "Add.", "input": "2 and 2", "output": "4"}
     One row out: {"id": "…", "instruction": "Add.\\n\\n2 and 2", "input": "", "output": "4", "source": "my.jsonl"}
     """
-    _check_arguments(rows, validation, seed)
+    raise_problems(argument_problems(rows, validation, seed) + _relabel_problems(teacher_model, relabel_with_teacher))
     sources = parse_sources(source, columns, slice_str)
-    _check_places(sources, store.resolve(out_instructions), store.resolve(out_labeled))
-    with store.lock(out_labeled), closing(_Spool()) as spool:
-        try:
-            counts = _read_into(spool, mix(sources, seed), rows)
-        except DataError as error:
-            raise DataError(f"{NO_DATA['system1']}: {error}") from error
+    labeled, instructions = store.resolve(out_labeled), store.resolve(out_instructions)
+    check_places(sources, {"out_instructions": instructions, "out_labeled": labeled})
+    teacher = teacher_of(teacher_model, teacher_tokenizer) if relabel_with_teacher else None
+    with store.lock(labeled), closing(Spool()) as spool:
+        counts = _read_into(spool, mix(sources, seed), rows, with_labels=relabel_with_teacher is not True)
+        if teacher and spool.count:
+            counts.update(_relabel(spool, teacher, None if relabel_with_teacher is True else relabel_with_teacher))
+        read, dropped = counts.pop("read"), dict(counts)
         if not spool.count:
-            raise DataError(f"{NO_DATA['system1']}: {_why_nothing(sources, counts)}")
+            raise DataError(f"{NO_DATA['system1']}: {why_nothing(sources, read, dropped)}")
         spool.choose_validation(validation, seed)
-        facts = {"read": counts.pop("read"), "dropped": dict(counts), "slice": slice_str, "seed": seed, "validation_share": validation}
-        prepared = _write(spool, store.resolve(out_instructions), store.resolve(out_labeled), facts)
+        facts = {"read": read, "dropped": dropped, "slice": slice_str, "seed": seed, "validation_share": validation}
+        prepared = write_prepared(spool, facts, labeled, instructions)
     say(str(prepared))
     return prepared
 
 
-def _check_arguments(rows, validation, seed) -> None:
-    problems = []
-    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-        problems.append(f"rows = {rows!r}: give a whole number above 0, or None for all.")
-    if isinstance(validation, bool) or not isinstance(validation, int | float) or not 0 <= validation <= 0.5:
-        problems.append(f"validation = {validation!r}: give a share from 0 to 0.5.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        problems.append(f"seed = {seed!r}: give a whole number.")
-    if problems:
-        raise ConfigError.from_problems("the data settings", problems)
+def _relabel_problems(teacher_model, relabel) -> list[str]:
+    if not isinstance(relabel, bool | int) or relabel < 0:
+        return [f"relabel_with_teacher = {relabel!r}: give True, False, or how many rows."]
+    if relabel and teacher_model is None:
+        return ["relabel_with_teacher needs a teacher_model, e.g. Qwen/Qwen2.5-7B-Instruct."]
+    return []
 
 
-def _check_places(sources: list[Source], instructions: Path, labeled: Path) -> None:
-    """Raise ConfigError unless the files can be written, each at a place of its own and over no source."""
-    places = [instructions, validation_path(instructions), labeled, validation_path(labeled)]
-    problems = []
-    if len(set(places)) < len(places):
-        problems.append(f"out_instructions = {store.shown(instructions)} and out_labeled = {store.shown(labeled)}: name two files.")
-    problems += [f"{store.shown(place)} is a folder; name a file." for place in places if place.is_dir()]
-    read = {store.resolve(source.name) for source in sources}
-    problems += [
-        f"{store.shown(place)} is (in) the source, which a preparation never changes; name another place."
-        for place in places
-        if any(place.is_relative_to(source) for source in read)
-    ]
-    if problems:
-        raise ConfigError.from_problems("the places to write to", problems)
-    for path in (instructions, labeled):
-        store.check_writable(path)
+def _relabel(spool: Spool, teacher, first: int | None) -> Counter:
+    """Put the teacher's answers in place of the labels of the first rows, all where `first` is None. Returns rows dropped by reason."""
+    rows = list(islice(spool.rows(validation=False), first))
+    labeled = label_rows(rows, teacher)
+    kept = {row["id"] for row in labeled.rows}
+    for row in rows:
+        if row["id"] not in kept:
+            spool.remove(row["id"])
+    for row in labeled.rows:
+        spool.replace(row)
+    return Counter(labeled.dropped)
 
 
-def _why_nothing(sources: list[Source], counts: Counter) -> str:
-    names = ", ".join(f"{source.name} {source.slice}" for source in sources)
-    if not counts["read"]:
-        return f"{names} selects no rows: the source is empty, or ends before the slice begins. Widen the slice, e.g. train[:1000]."
-    dropped = ", ".join(f"{count:,} with {reason}" for reason, count in counts.items() if reason != "read")
-    return f"none of the {counts['read']:,} rows of {names} can be used: {dropped}."
+def _read_into(spool: Spool, mixed: Iterable[tuple[Source, dict]], rows: int | None, with_labels: bool) -> Counter:
+    """Read until `rows` are kept or the sources end. Returns how many were read, and dropped by reason.
 
-
-def _read_into(spool: "_Spool", mixed: Iterable[tuple[Source, dict]], rows: int | None) -> Counter:
-    """Read until `rows` are kept or the sources end. Returns how many were read, and dropped by reason."""
+    with_labels  whether a row needs an output; False takes none that a source may have
+    """
     counts: Counter = Counter(read=0)
     origins: dict = {}
     with progress("Preparing rows", total=rows) as update:
-        for source, raw in mixed:
+        for source, raw in readable(mixed, "system1"):
             if id(source) not in origins:
-                _require_columns(source, raw)
+                _require_columns(source, raw, ("instruction", "output") if with_labels else ("instruction",))
                 origins[id(source)] = provenance(source)
             counts["read"] += 1
-            row, reason = to_row(source, raw, origins[id(source)])
+            row, reason = to_row(source, raw, origins[id(source)], with_labels)
             if row and not spool.add(row):
-                reason = "the same question as an earlier row"
+                reason = DUPLICATE
             if reason:
                 counts[reason] += 1
             if spool.count % 200 == 0:
@@ -150,99 +131,30 @@ def _read_into(spool: "_Spool", mixed: Iterable[tuple[Source, dict]], rows: int 
     return counts
 
 
-def _require_columns(source: Source, raw: dict) -> None:
+def _require_columns(source: Source, raw: dict, fields: tuple[str, ...]) -> None:
     """Raise DataError where the source's first row lacks a column that every row needs."""
-    missing = [source.column(field) for field in ("instruction", "output") if source.column(field) not in raw]
+    missing = [source.column(field) for field in fields if source.column(field) not in raw]
     if missing:
         raise DataError(
-            f"{source.name} has no column {' and no column '.join(map(repr, missing))}; it has {', '.join(map(repr, raw)) or 'none'}. "
+            f"{NO_DATA['system1']}: {source.name} has no column {' and no column '.join(map(repr, missing))}; "
+            f"it has {', '.join(map(repr, raw)) or 'none'}. "
             "Say which is which, e.g. columns={'instruction': 'question', 'output': 'answer'}."
         )
 
 
-def to_row(source: Source, raw: dict, origin: dict) -> tuple[dict | None, str | None]:
+def to_row(source: Source, raw: dict, origin: dict, with_label: bool = True) -> tuple[dict | None, str | None]:
     """One source row as a row of the lab, its input folded into the instruction; or None and why it was dropped."""
-    text = {field: raw.get(source.column(field)) for field in ("instruction", "input", "output")}
+    text = {field: raw.get(source.column(field)) for field in ("instruction", "input", *(["output"] if with_label else []))}
     text["input"] = text["input"] or ""
     for field, value in text.items():
         if value is not None and not isinstance(value, str):
             return None, f"{field} that is no text"
         if field != "input" and not (value or "").strip():
             return None, f"no {field}"
-        if not _is_unicode(value):
+        if not is_unicode(value):
             return None, f"{field} that is no valid Unicode"
     folded = format_prompt(text["instruction"], text["input"])
-    return {"id": store.hash_json(folded)[:16], "instruction": folded, "input": "", "output": text["output"].strip(), **origin}, None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can smuggle in and UTF-8 cannot hold
-        return False
-    return True
-
-
-class _Spool:
-    """Rows on their way, in a temporary database that SQLite keeps on disk and deletes by itself."""
-
-    def __init__(self) -> None:
-        self._database = sqlite3.connect("")
-        self._database.execute("CREATE TABLE rows (id TEXT PRIMARY KEY, json TEXT, lot TEXT, validation INTEGER DEFAULT 0)")
-        self.count = 0
-
-    def add(self, row: dict) -> bool:
-        """Keep a row; False where its id is known already."""
-        values = (row["id"], json.dumps(row, ensure_ascii=False))
-        added = self._database.execute("INSERT OR IGNORE INTO rows (id, json) VALUES (?, ?)", values).rowcount == 1
-        self.count += added
-        return added
-
-    def choose_validation(self, share: float, seed: int) -> None:
-        """Mark the share of rows whose ids, hashed with the seed, come first; at least one, never all."""
-        wanted = min(max(round(self.count * share), 1), self.count - 1) if share else 0
-        self._database.create_function("lot", 1, lambda row_id: store.hash_json([seed, row_id]), deterministic=True)
-        self._database.execute("UPDATE rows SET lot = lot(id)")
-        self._database.execute("UPDATE rows SET validation = 1 WHERE id IN (SELECT id FROM rows ORDER BY lot LIMIT ?)", (wanted,))
-
-    def rows(self, validation: bool) -> Iterator[dict]:
-        """The training or the validation rows, in the order they came."""
-        for (text,) in self._database.execute("SELECT json FROM rows WHERE validation = ? ORDER BY rowid", (validation,)):
-            yield json.loads(text)
-
-    def close(self) -> None:
-        self._database.close()
-
-
-def validation_path(path: str | Path) -> Path:
-    """Where the validation rows of a data file lie: `train_labeled.json` → `train_labeled_validation.json`."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}_validation{path.suffix}")
-
-
-def _write(spool: _Spool, instructions: Path, labeled: Path, facts: dict) -> Prepared:
-    """Write the four files; the labelled one after its companions, the manifest that binds them last."""
-    written = {}
-    for validation in (True, False):
-        for path, labels in ((instructions, False), (labeled, True)):
-            place = validation_path(path) if validation else path
-            left_out = () if labels else ("output",)
-            chosen = ({key: value for key, value in row.items() if key not in left_out} for row in spool.rows(validation))
-            written[place] = store.write_rows(place, chosen)
-    for place in [place for place, count in written.items() if not count]:
-        place.unlink()
-        del written[place]
-    store.write_manifest(labeled, facts, files=[place for place in written if place in (labeled, validation_path(labeled))])
-    split = validation_path(labeled)
-    return Prepared(
-        path=str(labeled),
-        validation_path=str(split) if split in written else None,
-        instructions_path=str(instructions),
-        read=facts["read"],
-        kept=written[labeled],
-        validation=written.get(split, 0),
-        dropped=facts["dropped"],
-    )
+    return {"id": row_id(folded), "instruction": folded, "input": "", "output": text.get("output", "").strip(), **origin}, None
 
 
 # From labelled rows to tokens
@@ -279,7 +191,7 @@ def _check_rows(path: Path) -> int:
             has = shortened(", ".join(map(str, row)), 80)
             raise DataError(f"row {count - 1} of {store.shown(path)} has no {' and no '.join(missing)}; it has {has}.")
         texts = {field: row.get(field) or "" for field in ("instruction", "input", "output")}
-        unusable = [field for field, text in texts.items() if not isinstance(text, str) or not _is_unicode(text)]
+        unusable = [field for field, text in texts.items() if not isinstance(text, str) or not is_unicode(text)]
         if unusable:
             raise DataError(f"row {count - 1} of {store.shown(path)}: its {' and '.join(unusable)} is no valid text.")
     return count

@@ -1,7 +1,7 @@
 """`make demo`: the whole job on the micro world, with controls, scored on held-out questions.
 
-The same code path as on Colab, with other names: prepare, distil, score. Two controls say what the scores mean: a student taught
-shuffled labels (what the format alone gives) and one taught exact answers (what the teacher's mistakes cost).
+The same code path as on Colab, with other names: prepare, label, distil both students, score, compare. Controls say what the scores mean;
+each differs from a student in one thing (`CONTROLS`).
 """
 
 import random
@@ -9,25 +9,37 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from . import store
+from . import engine, store
+from .compare import compare_models
 from .console import say, table
 from .data import prepare_system1_dataset, validation_path
 from .errors import DataError
-from .evaluate import mean_exact_match, score
+from .evaluate import final_answer, mean_exact_match, score
 from .microlab import MAX_NEW_TOKENS, MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from .microtasks import FAMILIES, question_of
-from .pipeline import distill_system1
+from .pipeline import run_easy_distill, write_system1_config, write_system2_config
+from .traces import prepare_system2_dataset
 
 WORK = store.ROOT / "runs" / "demo"
 REPORT = store.ROOT / "reports" / "demo" / "report.json"
-CONTROLS = ("shuffled_labels", "gold_labels")
-# Of the shipped 4,500: as many as System 2 gets. More of them, which a plain answer cannot be learnt from, cost the System-1 student the
-# families that it can learn (benchmarks/RESULTS.md).
+TEACHER = str(MICRO / "teacher")
+# What each control changes, and by that tells.
+CONTROLS = {
+    "shuffled_labels": "System 1 taught other questions' answers: what form and frequency give",
+    "gold_labels": "System 1 taught exact answers: what the teacher's mistakes cost",
+    "bare_answers": "System 2's questions with their answers alone, asked plainly: what a student learns without steps",
+    "wrong_traces": "System 2 taught a question's wrong trace wherever there is one: what dropping wrong traces is worth",
+    "truncated_traces": "System 2's rows cut behind the length of the shortest: what keeping rows whole is worth",
+}
+# Of the shipped 4,500: more of them, which a plain answer cannot be learnt from, cost the System-1 student the families that it can
+# learn (benchmarks/RESULTS.md). The control `bare_answers` learns as many as System 2 does.
 REASONING_ROWS = 1500
+RELABELED_ROWS = 1000
+RV_MAX = 2  # students of this size learn from terse steps
 
 
 def run_demo(seed: int = 0) -> dict:
-    """Distil the micro teacher into the System-1 student, with controls. Returns the report and writes it to `reports/demo/`.
+    """Distil the micro teacher into both students, with controls. Returns the report and writes it to `reports/demo/`.
 
     seed  of the validation split, the data order and the training
     """
@@ -35,50 +47,88 @@ def run_demo(seed: int = 0) -> dict:
     if store.read_manifest(MICRO) is None:
         raise DataError(f"{store.shown(MICRO)} is missing or incomplete: get the repository's files anew, or run build-micro.")
     say(f"Demo, seed {seed}: teacher and data from {store.shown(MICRO)}")
-    labeled = WORK / "data" / "train_labeled.json"
-    prepare_system1_dataset(
-        "train",
-        source=str(_choose_rows(labeled.with_name("distilqwen.jsonl"))),
-        seed=seed,
-        out_labeled=labeled,
-        out_instructions=WORK / "data" / "train_instructions.json",
-    )
-    files = {"system1": labeled} | {control: _control_rows(control, labeled, seed) for control in CONTROLS}
-    checkpoints = {name: _distil(name, path, seed) for name, path in files.items()}
+    labeled, cot = _prepare_system1(seed), _prepare_system2("cot.json", MICRO / "omnithought.parquet", seed)
+    jobs = _jobs(labeled, cot, seed)
+    say(f"\nTraining {len(jobs)} students: the two, and {len(CONTROLS)} controls")
+    trained = engine.in_parallel([lambda job=job: run_easy_distill(job) for job in jobs.values()])
+    checkpoints = {name: result.checkpoint for name, result in zip(jobs, trained, strict=True)}
     report = _report(checkpoints, labeled, seed)
     store.write_json(REPORT, report)
+    _compare(checkpoints)
     _show(report)
     say(f"{time.monotonic() - started:.0f} s in all. Report: {store.shown(REPORT)}")
     return report
 
 
-def _choose_rows(out: Path) -> Path:
-    """The shipped rows that the demo learns from: all of the instruction families, REASONING_ROWS of the others."""
-    import pyarrow.parquet
+def _prepare_system1(seed: int) -> Path:
+    labeled = WORK / "data" / "train_labeled.json"
+    prepare_system1_dataset(
+        "train",
+        source=str(_choose_rows(labeled.with_name("distilqwen.jsonl"))),
+        teacher_model=TEACHER,
+        relabel_with_teacher=RELABELED_ROWS,
+        seed=seed,
+        out_labeled=labeled,
+        out_instructions=WORK / "data" / "train_instructions.json",
+    )
+    return labeled
 
-    rows = pyarrow.parquet.read_table(MICRO / "distilqwen.parquet").to_pylist()
-    chosen, reasoning = [], 0
-    for row in rows:
-        reasoning += question_of(row["instruction"]).system == 2
-        if reasoning <= REASONING_ROWS or question_of(row["instruction"]).system == 1:
-            chosen.append(row)
-    store.write_jsonl(out, chosen)
+
+def _prepare_system2(name: str, source: Path, seed: int) -> Path:
+    cot = WORK / "data" / name
+    student = str(MICRO / "student_system2")
+    prepare_system2_dataset(
+        "train", source=str(source), rows=None, rv_max=RV_MAX, student_model=student, max_length=256, seed=seed, out_cot=cot
+    )
+    return cot
+
+
+def _choose_rows(out: Path) -> Path:
+    """The shipped rows that System 1 learns from: all of the instruction families, then REASONING_ROWS of the others.
+
+    Those to be relabelled come first: asked plainly, the teacher knows the answers of the instruction families alone.
+    """
+    rows = _read_parquet("distilqwen.parquet")
+    plain = [row for row in rows if question_of(row["instruction"]).system == 1]
+    reasoning = [row for row in rows if question_of(row["instruction"]).system == 2]
+    store.write_jsonl(out, plain + reasoning[:REASONING_ROWS])
     return out
 
 
-def _distil(name: str, labeled: Path, seed: int) -> str:
-    say(f"\nTraining {name}")
-    places = {"labeled_path": labeled, "out_dir": WORK / name, "config_path": store.ROOT / "configs" / f"kd_black_box_micro_{name}.json"}
-    return distill_system1({"preset": "micro_system1", **places, "seed": seed})
+def _read_parquet(name: str) -> list[dict]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(MICRO / name).to_pylist()
 
 
-def _control_rows(control: str, labeled: Path, seed: int) -> Path:
-    """The prepared rows with other labels: shuffled within each family, or exact."""
-    out = labeled.with_name(f"{control}.json")
-    for path in (labeled, validation_path(labeled)):
-        rows = list(store.read_rows(path))
-        place = validation_path(out) if path != labeled else out
-        store.write_rows(place, _shuffled(rows, seed) if control == "shuffled_labels" else _gold(rows))
+def _jobs(labeled: Path, cot: Path, seed: int) -> dict[str, str]:
+    """Job files by student and control, the longest trainings first."""
+    wrong = _prepare_system2("wrong_traces.json", _wrong_first(WORK / "data" / "wrong_first.jsonl"), seed)
+    bare = _with_outputs(cot, "bare_answers.json", lambda rows: [{**row, "output": final_answer(row["output"])} for row in rows])
+    shuffled = _with_outputs(labeled, "shuffled_labels.json", lambda rows: _shuffled(rows, seed))
+    gold = _with_outputs(labeled, "gold_labels.json", _gold)
+    return {
+        "system2": _job("system2", write_system2_config, "micro_system2", cot, seed),
+        "wrong_traces": _job("wrong_traces", write_system2_config, "micro_system2", wrong, seed),
+        "truncated_traces": _truncate(_job("truncated_traces", write_system2_config, "micro_system2", cot, seed)),
+        "system1": _job("system1", write_system1_config, "micro_system1", labeled, seed),
+        "shuffled_labels": _job("shuffled_labels", write_system1_config, "micro_system1", shuffled, seed),
+        "gold_labels": _job("gold_labels", write_system1_config, "micro_system1", gold, seed),
+        "bare_answers": _job("bare_answers", write_system1_config, "micro_system2", bare, seed),
+    }
+
+
+def _job(name: str, write_config, preset: str, rows: Path, seed: int) -> str:
+    say(f"\n{name}: {CONTROLS.get(name, 'the student')}")
+    places = {"labeled_path": rows, "out_dir": WORK / name, "config_path": store.ROOT / "configs" / f"kd_micro_{name}.json"}
+    return write_config({"preset": preset, **places, "seed": seed})
+
+
+def _with_outputs(path: Path, name: str, change) -> Path:
+    """The prepared rows of both files with other outputs."""
+    out = path.with_name(name)
+    for source, place in ((path, out), (validation_path(path), validation_path(out))):
+        store.write_rows(place, change(list(store.read_rows(source))))
     return out
 
 
@@ -99,22 +149,53 @@ def _shuffled(rows: list[dict], seed: int) -> list[dict]:
     return shuffled
 
 
+def _wrong_first(out: Path) -> Path:
+    """The shipped traces as if nobody had checked them, a question's wrong ones alone where it has any."""
+    rows = []
+    for row in _read_parquet("omnithought.parquet"):
+        wrong = [trace for trace in row["reasoning"] if not trace["thought_correctness_verify"]]
+        rows.append({**row, "reasoning": [{**trace, "thought_correctness_verify": True} for trace in wrong or row["reasoning"]]})
+    store.write_jsonl(out, rows)
+    return out
+
+
+def _truncate(job: str) -> str:
+    """Cut all rows of a job's token files to one length, such that each loses its end, as a `max_length` far too small does."""
+    tokens = Path(store.read_json(job)["dataset"]["labeled_path"])
+    limit = min(len(row["input_ids"]) for row in store.read_rows(tokens)) - 1
+    manifest = store.read_manifest(tokens)
+    for path in (tokens, validation_path(tokens)):
+        rows = list(store.read_rows(path))
+        store.write_rows(path, [{**row, **{key: row[key][:limit] for key in ("input_ids", "completion_mask")}} for row in rows])
+        store.write_manifest(path, {key: value for key, value in manifest.items() if key != "files"})
+    say(f"  all rows cut to {limit} tokens")
+    return job
+
+
 def _report(checkpoints: dict, labeled: Path, seed: int) -> dict:
-    """Score teacher, student and controls on the held-out questions; the students are asked plainly, reasoning families too."""
-    plainly = {"before": str(MICRO / "student_system1"), **checkpoints}
-    models = [{"name": "teacher", "path": str(MICRO / "teacher"), "mode": None}]
+    """Score everything: System 1 on all families, asked plainly; System 2 on the reasoning families, asked to reason."""
+    plainly = {"before1": str(MICRO / "student_system1")} | {
+        name: checkpoints[name] for name in ("system1", "shuffled_labels", "gold_labels", "bare_answers")
+    }
+    reasoning = {"before2": str(MICRO / "student_system2")} | {
+        name: checkpoints[name] for name in ("system2", "wrong_traces", "truncated_traces")
+    }
+    models = [{"name": "teacher", "path": TEACHER, "mode": None}]
     models += [{"name": name, "path": path, "mode": "system1"} for name, path in plainly.items()]
-    say("")
     scores = score(models, MICRO / "heldout.jsonl", WORK, MAX_NEW_TOKENS)
-    run = store.read_json(Path(checkpoints["system1"]) / "distill_run.json")
+    questions = WORK / "data" / "heldout_system2.jsonl"
+    store.write_jsonl(questions, [row for row in store.read_rows(MICRO / "heldout.jsonl") if row["system"] == 2])
+    scores |= score([{"name": name, "path": path, "mode": "system2"} for name, path in reasoning.items()], questions, WORK, MAX_NEW_TOKENS)
+    runs = {system: store.read_json(Path(checkpoints[system]) / "distill_run.json") for system in ("system1", "system2")}
     return {
         "teacher": scores["teacher"],
-        "system1": {"before": scores["before"], "after": scores["system1"]},
+        "system1": {"before": scores["before1"], "after": scores["system1"]},
+        "system2": {"before": scores["before2"], "after": scores["system2"]},
         "controls": {control: scores[control] for control in CONTROLS},
         "chance": _chance(labeled),
-        "versions": run["versions"],
-        "backend": run["backend"],
-        "train_seconds": {"system1": run["metrics"]["train_seconds"]},
+        "versions": runs["system1"]["versions"],
+        "backend": runs["system1"]["backend"],
+        "train_seconds": {system: run["metrics"]["train_seconds"] for system, run in runs.items()},
         "seed": seed,
     }
 
@@ -127,29 +208,56 @@ def _chance(labeled: Path) -> dict:
     return {family: max(labels[family].values(), default=0) / max(labels[family].total(), 1) for family in FAMILIES}
 
 
-def retained(report: dict, families: list[str] = SYSTEM1_FAMILIES) -> float:
-    """The student's mean exact match over the families as a share of the teacher's."""
-    return mean_exact_match(report["system1"]["after"], families) / mean_exact_match(report["teacher"], families)
+def _compare(checkpoints: dict) -> None:
+    """Teacher and students side by side on the first held-out question of some families."""
+    first = {}
+    for row in store.read_rows(MICRO / "heldout.jsonl"):
+        first.setdefault(row["family"], {"prompt": row["instruction"], "modes": [f"system{row['system']}"]})
+    prompts = [first["reverse"], first["count_even"], {**first["add"], "modes": ["system1", "system2"]}, first["multiply"]]
+    limits = {"max_tokens_teacher": MAX_NEW_TOKENS["system2"], "max_tokens_sys1": MAX_NEW_TOKENS["system1"]}
+    compare_models(prompts, TEACHER, checkpoints["system1"], checkpoints["system2"], max_tokens_sys2=MAX_NEW_TOKENS["system2"], **limits)
+
+
+def retained(report: dict, system: str = "system1") -> float:
+    """The student's mean exact match over its system's families as a share of the teacher's."""
+    families = SYSTEM1_FAMILIES if system == "system1" else SYSTEM2_FAMILIES
+    return mean_exact_match(report[system]["after"], families) / mean_exact_match(report["teacher"], families)
+
+
+def margin(report: dict) -> float:
+    """How far System 2 lies above the same questions learnt from bare answers: mean exact match over the reasoning families, absolute."""
+    bare = max(mean_exact_match(scores, SYSTEM2_FAMILIES) for scores in (report["controls"]["bare_answers"], report["system1"]["after"]))
+    return mean_exact_match(report["system2"]["after"], SYSTEM2_FAMILIES) - bare
 
 
 def _show(report: dict) -> None:
-    columns = {
-        "teacher": report["teacher"],
-        "before": report["system1"]["before"],
-        "student": report["system1"]["after"],
-        "gold": report["controls"]["gold_labels"],
-        "shuffled": report["controls"]["shuffled_labels"],
-    }
+    system1, controls = report["system1"], report["controls"]
+    columns = {"before": system1["before"], "student": system1["after"]}
+    columns |= {"gold": controls["gold_labels"], "shuffled": controls["shuffled_labels"]}
+    _show_families("System 1", SYSTEM1_FAMILIES, columns, report, report["chance"])
+    columns = {"before": report["system2"]["before"], "student": report["system2"]["after"], "bare": controls["bare_answers"]}
+    columns |= {"wrong": controls["wrong_traces"], "truncated": controls["truncated_traces"]}
+    _show_families("System 2", SYSTEM2_FAMILIES, columns, report, None)
+    after, n = report["system2"]["after"], report["system2"]["after"]["reasoned"]["n"]
+    share = system1["after"]["parameters"] / report["teacher"]["parameters"]
+    say(
+        f"Students have {share:.0%} of the teacher's parameters. Exact match kept of the teacher's: System 1 {retained(report):.1%} over its"
+    )
+    say(f"{len(SYSTEM1_FAMILIES)} families, System 2 {retained(report, 'system2'):.1%} over its {len(SYSTEM2_FAMILIES)}.")
+    say(f"System 2 lies {margin(report):.2f} above a student that learnt the same questions from bare answers. Of its {n} answers,")
+    say(f"{after['reasoned']['value']:.1%} reason first and {after['stopped']['value']:.1%} stop by themselves.")
+    for name, meaning in CONTROLS.items():
+        say(f"  {name}: {meaning}")
+    say("  chance: always the commonest answer.  95%: Wilson interval of the student.")
+
+
+def _show_families(system: str, families: list[str], columns: dict, report: dict, chance: dict | None) -> None:
+    columns = {"teacher": report["teacher"], **columns}
     rows = []
-    for family in SYSTEM1_FAMILIES + SYSTEM2_FAMILIES:
-        low, high = report["system1"]["after"]["exact_match"][family]["ci"]
-        values = {name: f"{scores['exact_match'][family]['value']:.3f}" for name, scores in columns.items()}
-        rows.append([family, *values.values(), f"{report['chance'][family]:.3f}", f"{low:.2f}-{high:.2f}"])
-    n = next(iter(report["teacher"]["exact_match"].values()))["n"]
-    table(f"Exact match on {n} held-out questions a family", ["family", *columns, "chance", "95%"], rows)
-    share = report["system1"]["after"]["parameters"] / report["teacher"]["parameters"]
-    say(f"System 1 keeps {retained(report):.1%} of the teacher's exact match over the {len(SYSTEM1_FAMILIES)} instruction families,")
-    say(f"with {share:.0%} of its parameters. The reasoning families ({', '.join(SYSTEM2_FAMILIES)}), learnt from")
-    say("bare answers, stay low: they are what System 2 is for.")
-    say("gold: taught exact answers. shuffled: taught other questions' answers. chance: always the commonest answer.")
-    say("95%: Wilson interval of the student.")
+    for family in families:
+        low, high = columns["student"]["exact_match"][family]["ci"]
+        values = [f"{scores['exact_match'][family]['value']:.3f}" for scores in columns.values()]
+        rows.append([family, *values, *([f"{chance[family]:.3f}"] if chance else []), f"{low:.2f}-{high:.2f}"])
+    n = report["teacher"]["exact_match"][families[0]]["n"]
+    heads = ["family", *columns, *(["chance"] if chance else []), "95%"]
+    table(f"{system}: exact match on {n} held-out questions a family", heads, rows)

@@ -1,21 +1,17 @@
 """Scores with intervals: exact match by family on held-out questions, answers generated in batches until their end of turn.
 
-`score` is the lab's side; models are loaded in a subprocess (`python -m distill.evaluate --request FILE`), one at a time.
+Models answer in a subprocess, one at a time (`answers`).
 A question is `{"id", "family", "system": 1 | 2, "instruction", "answer"}`; system 1 is asked plainly, system 2 with the CoT sentence.
 """
 
-import argparse
 import math
-import sys
 from collections import defaultdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from . import engine, store
-from .console import progress
-from .errors import DataError, DistillError
-from .models import device, generate, load_student
-from .prompt import REASONING_TAGS, asked_ids
+from . import store
+from .answers import ask
+from .errors import DataError
+from .prompt import REASONING_TAGS
 
 Z_95 = 1.959963984540054
 MODE_OF_SYSTEM = {1: "system1", 2: "system2"}
@@ -47,6 +43,13 @@ def final_answer(text: str) -> str:
     return "" if opened in text else text.strip()
 
 
+def reasons_first(text: str) -> bool:
+    """Whether an answer shows a whole thought, with words in it, before what it says in the end."""
+    opened, closed = REASONING_TAGS
+    thought, found, _ = text.partition(closed)
+    return bool(found and thought.removeprefix(opened).strip() and final_answer(text))
+
+
 def exact_match(questions: list[dict], texts: list[str]) -> dict:
     """Exact match by family: {family: {"value", "n", "ci"}}, families in order of appearance."""
     right: dict = defaultdict(list)
@@ -66,70 +69,24 @@ def score(models: list[dict], questions: str | Path, run_folder: Path, max_new_t
     models          [{"name", "path", "mode"}]; mode None asks each question as its system says, "system1" asks all plainly
     questions       JSON-lines file of questions
     max_new_tokens  mode → limit of an answer, in tokens
-    Returns {name: {"parameters", "exact_match": {family: {"value", "n", "ci"}}}}. Raises BackendError with the end of the log.
+    Returns {name: {"parameters", "exact_match": {family: {"value", "n", "ci"}}, "reasoned", "stopped"}}; the last two are the shares of all
+    answers that reason before they answer and that end by themselves. Raises BackendError with the end of the log.
     """
-    with TemporaryDirectory(dir=run_folder) as folder:
-        request, result = Path(folder) / "request.json", Path(folder) / "scores.json"
-        store.write_json(request, {"models": models, "questions": str(questions), "max_new_tokens": max_new_tokens, "result": str(result)})
-        with progress("Scoring") as update:
-
-            def show(event: dict) -> None:
-                update(event["done"], total=event["total"], note=event["name"])
-
-            log = run_folder / "evaluate.log"
-            status = engine.run_module("distill.evaluate", ["--request", str(request)], log, show)
-        if status or not result.is_file():
-            raise engine.failure("Scoring", status, log)
-        return store.read_json(result)
+    rows = list(store.read_rows(questions))
+    same = {"bits": 32, "max_new_tokens": max_new_tokens}
+    requests = [{"name": model["name"], "path": model["path"], "questions": _asked(rows, model["mode"]), **same} for model in models]
+    return {name: _scores(rows, made) for name, made in ask(requests, run_folder, "Scoring").items()}
 
 
-# In the engine's process
+def _asked(rows: list[dict], mode: str | None) -> list[dict]:
+    return [{"instruction": row["instruction"], "mode": mode or MODE_OF_SYSTEM[row["system"]]} for row in rows]
 
 
-def main() -> None:
-    """Score the models of a request file and write the scores."""
-    parser = argparse.ArgumentParser(prog="python -m distill.evaluate", description="Score models on held-out questions.")
-    parser.add_argument("--request", required=True, help="JSON: models, questions, max_new_tokens, result")
-    engine.end_with_parent()
-    request = store.read_json(parser.parse_args().request)
-    try:
-        questions = list(store.read_rows(request["questions"]))
-        total = len(questions) * len(request["models"])
-        scores = {}
-        for number, model in enumerate(request["models"]):
-            done = number * len(questions)
-            scores[model["name"]] = _score_one(model, questions, request["max_new_tokens"], done, total)
-        store.write_json(request["result"], scores)
-    except DistillError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
-def _score_one(asked_model: dict, questions: list[dict], max_new_tokens: dict, done: int, total: int) -> dict:
-    place, reason = device()
-    print(f"{asked_model['name']}: on {place} ({reason})")
-    model, tokenizer = load_student(asked_model["path"])
-    model.to(place).eval()
-    texts: list[str] = [""] * len(questions)
-    for mode, numbers in _by_mode(questions, asked_model.get("mode")).items():
-        asked = [asked_ids(tokenizer, questions[number]["instruction"], mode=mode) for number in numbers]
-        before = done
-
-        def report(count: int, before: int = before) -> None:
-            engine.emit(name=asked_model["name"], done=before + count, total=total)
-
-        for number, answer in zip(numbers, generate(model, tokenizer, asked, max_new_tokens[mode], update=report), strict=True):
-            texts[number] = answer.text
-        done += len(numbers)
-    return {"parameters": model.num_parameters(), "exact_match": exact_match(questions, texts)}
-
-
-def _by_mode(questions: list[dict], mode: str | None) -> dict[str, list[int]]:
-    """Question numbers by the mode they are asked in."""
-    numbers: dict = defaultdict(list)
-    for number, question in enumerate(questions):
-        numbers[mode or MODE_OF_SYSTEM[question["system"]]].append(number)
-    return numbers
-
-
-if __name__ == "__main__":
-    main()
+def _scores(rows: list[dict], made: dict) -> dict:
+    texts = [answer["text"] for answer in made["answers"]]
+    return {
+        "parameters": made["parameters"],
+        "exact_match": exact_match(rows, texts),
+        "reasoned": wilson(sum(map(reasons_first, texts)), len(texts)),
+        "stopped": wilson(sum(answer["stopped"] for answer in made["answers"]), len(texts)),
+    }

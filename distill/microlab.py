@@ -8,14 +8,14 @@ import random
 import shutil
 from pathlib import Path
 
-from . import store, train
+from . import checkpoint, store, train
+from .answers import answer_all
 from .console import progress, say, table
 from .data import write_tokenized
 from .errors import BackendError, ConfigError
 from .evaluate import exact_match, final_answer
 from .microtasks import FAMILIES, build_tokenizer, difficulty_level, phrase, sample_questions, sample_thought, verbosity_level
-from .models import device, generate, load_student
-from .prompt import asked_ids
+from .models import device, load_student
 
 MICRO = store.ROOT / "data" / "micro"
 TEACHER_NAME = "micro-teacher"
@@ -151,9 +151,9 @@ def _train_teacher(folder: Path, work: Path, seed: int) -> None:
         "models": {"student": str(work / "untrained")},
         "training": {**TEACHER_TRAINING, "output_dir": str(trained), "seed": seed},
     }
-    record = store.read_manifest(trained, name=train.RUN_RECORD) if trained.is_dir() else None
+    record = store.read_manifest(trained, name=checkpoint.RUN_RECORD) if trained.is_dir() else None
     known = record and (record["job"], record["tokens_sha256"], record["student_sha256"], record["engine_sha256"])
-    if known == (job, store.hash_file(tokens), store.hash_json(train.weight_hashes(untrained)), store.hash_file(train.__file__)):
+    if known == (job, store.hash_file(tokens), store.hash_json(checkpoint.weight_hashes(untrained)), checkpoint.engine_sha256()):
         say(f"teacher: trained before, in {store.shown(trained)}")
     else:
         _copy_model(folder, work / "untrained")
@@ -191,7 +191,7 @@ def heldout_questions() -> list[dict]:
 
 def prove_teacher(model, tokenizer, questions: list[dict]) -> dict:
     """The teacher's exact match by family, each asked as its system says. Raises BackendError below TEACHER_FLOOR."""
-    texts = [answer.text for answer in _answers(model, tokenizer, questions, temperature=0.0, seed=0)]
+    texts = [answer["text"] for answer in _answers(model, tokenizer, questions, temperature=0.0, seed=0)]
     scores = exact_match(questions, texts)
     table("Teacher", ["family", "exact match"], [[family, f"{score['value']:.3f}"] for family, score in scores.items()])
     weak = [family for family, score in scores.items() if score["value"] < TEACHER_FLOOR]
@@ -202,21 +202,17 @@ def prove_teacher(model, tokenizer, questions: list[dict]) -> dict:
 
 def _answers(model, tokenizer, questions: list[dict], temperature: float, seed: int) -> list:
     """Answers in the order of the questions, each asked in its system's mode."""
-    answers: list = [None] * len(questions)
+    done = 0
     with progress("Asking the teacher", total=len(questions)) as update:
-        for mode in ("system1", "system2"):
-            numbers = [number for number, question in enumerate(questions) if f"system{question['system']}" == mode]
-            asked = [asked_ids(tokenizer, questions[number]["instruction"], mode=mode) for number in numbers]
-            before = sum(answer is not None for answer in answers)
 
-            def show(done: int, before: int = before) -> None:
-                update(before + done)
+        def finished(answers: dict) -> None:
+            nonlocal done
+            done += len(answers)
+            update(done)
 
-            limits = {"max_new_tokens": MAX_NEW_TOKENS[mode], "batch_tokens": 65_536}
-            made = generate(model, tokenizer, asked, temperature=temperature, seed=seed, update=show, **limits)
-            for number, answer in zip(numbers, made, strict=True):
-                answers[number] = answer
-    return answers
+        asked = [{"instruction": question["instruction"], "mode": f"system{question['system']}"} for question in questions]
+        request = {"questions": asked, "max_new_tokens": MAX_NEW_TOKENS, "temperature": temperature, "seed": seed, "batch_tokens": 65_536}
+        return answer_all(model, tokenizer, request, finished)["answers"]
 
 
 def _written_questions(system: int, seed: int) -> list[dict]:
@@ -235,9 +231,9 @@ def _distilqwen_rows(model, tokenizer, seed: int, traces: list[dict]) -> list[di
     asked = _written_questions(1, seed)
     answers = _answers(model, tokenizer, asked, TEMPERATURE["system1"], seed)
     rows = [
-        {"instruction": question["instruction"], "output": answer.text.strip()}
+        {"instruction": question["instruction"], "output": answer["text"].strip()}
         for question, answer in zip(asked, answers, strict=True)
-        if answer.stopped and answer.text.strip()
+        if answer["stopped"] and answer["text"].strip()
     ]
     rows += [{"instruction": row["question"], "output": row["reasoning"][0]["solution"]} for row in traces]
     random.Random(seed).shuffle(rows)
@@ -259,18 +255,18 @@ def _omnithought_rows(model, tokenizer, seed: int) -> list[dict]:
     return rows
 
 
-def _trace(question, answer) -> dict | None:
+def _trace(question, answer: dict) -> dict | None:
     """One trace in OmniThought's form; None for an answer that was cut off or has another form."""
-    thought, closed, solution = answer.text.removeprefix("<think>\n").partition("\n</think>\n\n")
-    if not (answer.stopped and closed and solution.strip() and answer.text == system2_output(thought, solution)):
+    thought, closed, solution = answer["text"].removeprefix("<think>\n").partition("\n</think>\n\n")
+    if not (answer["stopped"] and closed and solution.strip() and answer["text"] == system2_output(thought, solution)):
         return None
     judge = "micro-rules"
     return {
         "Cognitive_Difficulty": {"judge": judge, "level": difficulty_level(question)},
         "Reasoning_Verbosity": {"judge": judge, "level": verbosity_level(thought, question)},
-        "full_response": answer.text,
+        "full_response": answer["text"],
         "solution": solution,
         "teacher": TEACHER_NAME,
         "thought": thought,
-        "thought_correctness_verify": final_answer(answer.text) == question.answer,
+        "thought_correctness_verify": final_answer(answer["text"]) == question.answer,
     }

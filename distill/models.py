@@ -1,34 +1,42 @@
-"""Load a tokenizer and a student, knowing before whether they are there; answer questions in batches."""
+"""Load a tokenizer, a teacher or a student, knowing before whether they are there.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+A model plays one of two roles: a student is loaded in fp32, to be trained; a teacher only answers, in as many bits as asked.
+"""
+
+import logging
 from pathlib import Path
 
 from . import prompt, store
-from .config import is_hub_name
+from .config import is_hub_name, model_name
 from .errors import ConfigError, shortened
 
-EXAMPLE_STUDENT = "Qwen/Qwen2.5-0.5B-Instruct"
+EXAMPLES = {"student": "Qwen/Qwen2.5-0.5B-Instruct", "teacher": "Qwen/Qwen2.5-7B-Instruct"}
+BITS = (4, 8, 16, 32)
 
 
-def check_student(name: str) -> None:
-    """Make sure that a student can be loaded, without loading it.
+def check_student(name: str):
+    """Make sure that a student can be loaded, without loading its weights. Returns its tokenizer.
 
     name  a folder, or a name on the hub
     Raises ConfigError: `Invalid student model: …`, or `Cannot reach the hub for …`, which blames nobody.
     """
+    return check_model(name, "student")
+
+
+def check_model(name: str, role: str):
+    """`check_student` for either role ("student" or "teacher"): the message names the role."""
     if not is_hub_name(name):
-        missing = _missing_in_folder(Path(name))
+        missing = missing_in_folder(Path(name))
         if missing:
-            raise _invalid_student(name, missing)
+            raise _invalid(name, role, missing)
     elif not _is_cached(name):
-        info = hub_info("model", name)
+        info = hub_info("model", name, role)
         if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
-            raise _invalid_student(name, "it has no safetensors weights.")
-    load_tokenizer(name)
+            raise _invalid(name, role, "it has no safetensors weights.")
+    return load_tokenizer(name, role)
 
 
-def _missing_in_folder(folder: Path) -> str | None:
+def missing_in_folder(folder: Path) -> str | None:
     """What a model folder lacks, in words; None where it is complete."""
     if not store.is_dir(folder):
         return "there is no such folder, and it is no name on the hub."
@@ -60,14 +68,15 @@ def _is_cached(name: str) -> bool:
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)
 
 
-def _invalid_student(name: str, why: str) -> ConfigError:
-    return ConfigError(f"Invalid student model: {name}: {why} Example: {EXAMPLE_STUDENT}")
+def _invalid(name: str, role: str, why: str) -> ConfigError:
+    return ConfigError(f"Invalid {role} model: {name}: {why} Example: {EXAMPLES[role]}")
 
 
-def hub_info(kind: str, name: str):
+def hub_info(kind: str, name: str, role: str = "student"):
     """What the hub knows of a model or dataset.
 
     kind  "model" or "dataset"
+    role  what a model is wanted as, for the message
     Raises ConfigError: not there, closed to this user, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -79,7 +88,7 @@ def hub_info(kind: str, name: str):
         raise ConfigError(f"{name} is gated: accept its terms on its hub page, then set HF_TOKEN.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         why = "the hub knows no such name (or it is private and HF_TOKEN is not set)."
-        raise (_invalid_student(name, why) if kind == "model" else ConfigError(f"No dataset {name}: {why}")) from error
+        raise (_invalid(name, role, why) if kind == "model" else ConfigError(f"No dataset {name}: {why}")) from error
     except Exception as error:
         raise cannot_reach_hub(name, error) from error
 
@@ -92,14 +101,14 @@ def cannot_reach_hub(name: str, error: Exception) -> ConfigError:
     )
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, role: str = "student"):
     """The tokenizer of a folder or hub name, with a padding token set; never runs code from the model's repository."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
-        raise _cannot_load(name, error) from error
+        raise _cannot_load(name, role, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,21 +121,94 @@ def load_student(path: str, attention: str | None = None) -> tuple:
     Returns (model, tokenizer). Raises ConfigError `Invalid student model: …` where the weights cannot be loaded.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(path)
+    return _load(path, "student", dtype=torch.float32, attn_implementation=attention), tokenizer
+
+
+def load_teacher(name: str, *, bits: int = 8) -> tuple:
+    """A teacher and its tokenizer, ready to answer, on the GPU where there is one.
+
+    name  a folder, or a name on the hub
+    bits  of a weight: 8 (LLM.int8, arXiv:2208.07339) or 4 (NF4, arXiv:2305.14314), by bitsandbytes, on a CPU too; 16 or 32 unquantized
+    Returns (model, tokenizer). Raises ConfigError `Invalid teacher model: …`, or for a tokenizer without a chat template.
+    """
+    return load_to_answer(name, "teacher", bits)
+
+
+def load_to_answer(name: str, role: str, bits: int) -> tuple:
+    """`load_teacher` for either role ("teacher" or "student"): the messages name the role."""
+    import torch
+
+    if bits not in BITS:
+        raise ConfigError(f"bits = {bits!r}: is not one of {', '.join(map(str, BITS))}.")
+    name = model_name(name)
+    tokenizer = check_model(name, role)
+    prompt.chat_format(tokenizer, "system1")  # no template, no question: said before gigabytes are loaded
+    dtype = torch.float32 if bits == 32 else getattr(torch, half_precision()[0])
+    settings = {"quantization_config": _quantization(bits, dtype)} if bits < 16 else {}
+    model = _load(name, role, dtype=dtype, device_map={"": device()[0]}, **settings)
+    return model.eval(), tokenizer
+
+
+def _quantization(bits: int, dtype):
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
+    """bitsandbytes warns in every layer and step that int8 rounds by way of fp16, which is how it is meant to work."""
+    return "inputs will be cast" not in record.getMessage()
+
+
+def _load(name: str, role: str, **settings):
+    """A model's weights, from safetensors alone; never runs code from the model's repository."""
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+    from transformers import AutoModelForCausalLM
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, attn_implementation=attention)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _cannot_load(path, error) from error
-    return model, tokenizer
+        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **settings)
+    except OutOfMemoryError:
+        raise  # a RuntimeError too, and no fault of the files
+    except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _cannot_load(name, role, error) from error
 
 
-def _cannot_load(name: str, error: Exception) -> ConfigError:
-    """The message for a model that did not load: the hub's silence blames nobody, anything else names the student."""
+def fingerprint(path: str) -> str:
+    """What tells a model's files from any other's: the hub's commit, or a hash of a folder's weights, configuration and tokenizer."""
+    if is_hub_name(path):
+        return _cached_commit(path) or hub_info("model", path).sha
+    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".json", ".jinja") and store.is_file(file)]
+    return store.hash_json({file.name: store.hash_file(file) for file in files if file.name != "distill_run.json"})
+
+
+def _cached_commit(name: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def probe(model) -> str:
+    """What tells a loaded model from another: a hash of its logits on a few tokens, so that changed weights are another model."""
+    import hashlib
+
+    import torch
+
+    with torch.inference_mode():
+        logits = model(torch.arange(1, 17, device=model.device)[None]).logits
+    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def _cannot_load(name: str, role: str, error: Exception) -> ConfigError:
+    """The message for a model that did not load: the hub's silence blames nobody, anything else names the model."""
     silent = is_network_error(error) and is_hub_name(name)
-    return cannot_reach_hub(name, error) if silent else _invalid_student(name, f"{shortened(error)}.")
+    return cannot_reach_hub(name, error) if silent else _invalid(name, role, f"{shortened(error)}.")
 
 
 def is_network_error(error: Exception) -> bool:
@@ -143,82 +225,17 @@ def device() -> tuple[str, str]:
     return ("cuda", torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ("cpu", "no GPU is visible")
 
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """Ids that end an answer: the chat template's and the tokenizer's (`prompt.stop_ids`), then the model's own others."""
-    own = model.generation_config.eos_token_id
-    own = [own] if isinstance(own, int) else own or []
-    stops = prompt.stop_ids(tokenizer)
-    return stops + [token for token in own if token not in stops]
+def half_precision() -> tuple[str, str]:
+    """The 16-bit type to compute in, by torch's name, and why.
 
-
-@dataclass(frozen=True)
-class Answer:
-    """One generated answer: its text without the end of turn, its length, and whether it ended by itself."""
-
-    text: str
-    tokens: int
-    stopped: bool
-
-
-def generate(
-    model,
-    tokenizer,
-    asked: list[list[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_tokens: int = 16_384,
-    update: Callable[[int], None] = lambda done: None,
-) -> list[Answer]:
-    """Answer many questions in batches, each until its end of turn; answers come in the order of the questions.
-
-    asked           token ids of each question (`prompt.asked_ids`)
-    max_new_tokens  limit of an answer, in tokens
-    temperature     0 is greedy; above, tokens are sampled, reproducibly by `seed`
-    batch_tokens    a batch holds as many questions as fit, each counted as the batch's longest plus `max_new_tokens`
-    update          called with the number of answers so far
+    Decided by the compute capability: `torch.cuda.is_bf16_supported` counts emulation, so that it says yes on a T4.
     """
     import torch
-    from transformers import GenerationConfig
 
-    torch.manual_seed(seed)
-    stops = stop_ids(model, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    # a whole configuration of its own: the model's may sample, penalise repetition or stop elsewhere
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling)
-    answers: list[Answer | None] = [None] * len(asked)
-    done = 0
-    for batch in _batches([len(ids) for ids in asked], max_new_tokens, batch_tokens):
-        inputs = _left_padded([asked[number] for number in batch], tokenizer.pad_token_id, model.device)
-        with torch.inference_mode():
-            made = model.generate(**inputs, generation_config=settings)
-        for number, ids in zip(batch, made[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[number] = _answer(tokenizer, ids, stops)
-        done += len(batch)
-        update(done)
-    return answers
-
-
-def _batches(lengths: list[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in batches, longest first, so that a batch wastes little padding and the largest need shows at once."""
-    waiting = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    while waiting:
-        size = max(1, batch_tokens // (lengths[waiting[0]] + max_new_tokens))
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
-def _left_padded(rows: list[list[int]], pad_id: int, device) -> dict:
-    import torch
-
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _answer(tokenizer, ids: list[int], stops: list[int]) -> Answer:
-    length = next((place for place, token in enumerate(ids) if token in stops), None)
-    kept = ids[:length]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=False), len(kept), stopped=length is not None)
+    if not torch.cuda.is_available():
+        return "bfloat16", "no GPU is visible, and a CPU computes no fp16"
+    capability = torch.cuda.get_device_capability(0)
+    shown = ".".join(map(str, capability))
+    if capability >= (8, 0):
+        return "bfloat16", f"the GPU has compute capability {shown}, and bf16 comes with 8.0"
+    return "float16", f"the GPU has compute capability {shown}, and bf16 comes with 8.0 only"

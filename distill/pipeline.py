@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import data, models, store, train
+from . import checkpoint, data, models, store, train
 from .config import BACKENDS, Settings, build_job, read_job, resolve
 from .console import say, table
 from .errors import ConfigError, DataError
@@ -31,6 +31,20 @@ def write_system1_config(config: Mapping | None = None) -> str:
     return _write_job("system1", resolve(config, preset="system1"))
 
 
+def distill_system2(config: Mapping | None = None) -> str:
+    """Distil the System-2 student, which reasons before it answers: the same steps over the preset `system2`.
+
+    config  a dict of settings, e.g. {"student_model": …, "cot_path": …, "lora_rank": 16}
+    Returns the checkpoint's path. Raises as `distill_system1` does.
+    """
+    return _distill("system2", config)
+
+
+def write_system2_config(config: Mapping | None = None) -> str:
+    """`write_system1_config` for System 2: the question ends with the sentence that asks for reasoning; trace and solution are learnt."""
+    return _write_job("system2", resolve(config, preset="system2"))
+
+
 def _distill(system: str, user: Mapping | None) -> str:
     settings = resolve(user, preset=system)
     return run_easy_distill(_write_job(system, settings), backend=settings.values["backend"]).checkpoint
@@ -45,9 +59,8 @@ def run_easy_distill(config_path: str | Path, *, backend: str = "auto") -> train
     job = read_job(config_path)
     if backend not in BACKENDS:
         raise ConfigError(f"backend = {backend!r}: is not one of {', '.join(BACKENDS)}.")
-    train.check_out_dir(job["training"]["output_dir"])
-    models.check_student(job["models"]["student"])
-    _check_tokens(job)
+    checkpoint.check_out_dir(job["training"]["output_dir"])
+    _check_tokens(job, models.check_student(job["models"]["student"]))
     reason = "asked for" if backend == "builtin" else "the lab's own engine is the one backend of this version"
     say(f"backend: builtin ({reason})")
     run_folder = _run_folder_of(job)
@@ -60,24 +73,23 @@ def run_easy_distill(config_path: str | Path, *, backend: str = "auto") -> train
 def _write_job(system: str, settings: Settings) -> str:
     """Check → show → tokenize → write the job, or raise and leave nothing."""
     values = settings.values
-    train.check_out_dir(values["out_dir"])
+    checkpoint.check_out_dir(values["out_dir"])
     store.check_writable(values["config_path"])
-    models.check_student(values["student_model"])
+    tokenizer = models.check_student(values["student_model"])
     with store.lock(values["labeled_path"]), _new_run_folder(system) as run_folder:
         data.check_labeled(values["labeled_path"], system)
         tokens = run_folder / "train_tokenized.json"
-        counts = _tokenize(system, values, tokens)
+        counts = _tokenize(system, values, tokenizer, tokens)
         show_settings(settings)
-        plan = {"settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
+        plan = {"mode": system, "settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
         store.write_json(run_folder / "plan.json", plan)
         job_path = store.write_json(values["config_path"], build_job(settings, tokens))
     say(f"job: {store.shown(job_path)}   run: {store.shown(run_folder)}")
     return str(job_path)
 
 
-def _tokenize(system: str, values: dict, tokens: Path) -> dict:
+def _tokenize(system: str, values: dict, tokenizer, tokens: Path) -> dict:
     """Tokenize the labelled rows and their validation rows. Returns what there is to know of both."""
-    tokenizer = models.load_tokenizer(values["student_model"])
     labeled, max_length = Path(values["labeled_path"]), values["max_length"]
     rows = data.write_tokenized(labeled, tokenizer, max_length, system, tokens)
     data.require_rows(rows, labeled, max_length, system)
@@ -126,13 +138,13 @@ def _new_run_folder(name: str):
         raise
 
 
-def _check_tokens(job: dict) -> None:
+def _check_tokens(job: dict, tokenizer) -> None:
     """Raise unless the job's token file is whole and was made for the job's student and `max_length`."""
     tokens = Path(job["dataset"]["labeled_path"])
     found = store.read_manifest(tokens) if store.is_file(tokens) else None
     if found is None:
         raise DataError(f"{store.shown(tokens)} is no token file of the lab: write the job with write_system1_config.")
-    wanted = data.tokens_made_for(models.load_tokenizer(job["models"]["student"]), job["training"]["max_length"])
+    wanted = data.tokens_made_for(tokenizer, job["training"]["max_length"])
     differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
         made_for = " and ".join(differing)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from hashlib import sha256
 
 from .errors import ConfigError, shortened
+from .store import hash_json
 
 MODES = ("system1", "system2")
 COT_SENTENCE = "Please think step by step and explain your reasoning before giving the final answer."
@@ -30,6 +31,11 @@ def format_prompt(instruction: str, input_text: str = "", mode: str = "system1")
         raise ConfigError(f"mode = {mode!r}: there is no such mode. Use 'system1' or 'system2'.")
     parts = [instruction, input_text, COT_SENTENCE if mode == "system2" else ""]
     return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def row_id(instruction: str, input_text: str = "") -> str:
+    """A row's id: the first 16 hex digits of the SHA-256 of its question, as it is asked plainly."""
+    return hash_json(format_prompt(instruction, input_text))[:16]
 
 
 @dataclass(frozen=True)

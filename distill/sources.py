@@ -5,7 +5,7 @@ Rows are streamed, so memory does not grow with their number. `datasets` refuses
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -18,6 +18,7 @@ from .models import cannot_reach_hub, hub_info, is_network_error
 ROW_FIELDS = ("instruction", "input", "output")
 ENTRY_KEYS = ("source", "columns", "weight", "slice")
 JSON_SUFFIXES = (".json", ".jsonl")
+READ_BYTES = 1 << 20
 _SLICE = re.compile(r"(?P<split>\w[\w.-]*)(\[(?P<start>-?\d{1,15}%?)?:(?P<stop>-?\d{1,15}%?)?\])?")
 
 
@@ -40,8 +41,10 @@ class Source:
         return self.columns.get(field, field)
 
 
-def parse_sources(source, columns: dict | None, slice_str: str) -> list[Source]:
+def parse_sources(source, columns: dict | None, slice_str: str, fields: Iterable[str] = ROW_FIELDS) -> list[Source]:
     """The sources that a user's `source` means: a name or path, or a list of {source, columns, weight, slice} to mix.
+
+    fields  what `columns` may name
 
     Raises ConfigError that lists every problem at once.
     """
@@ -51,7 +54,7 @@ def parse_sources(source, columns: dict | None, slice_str: str) -> list[Source]:
     problems, sources = [], []
     for number, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {"source": entry}
-        found = _entry_problems(entry, slice_str)
+        found = _entry_problems(entry, slice_str, fields)
         problems += [f"source {number}: {problem}" for problem in found]
         if not found:
             name, names = str(entry["source"]), dict(entry.get("columns") or {})
@@ -63,7 +66,7 @@ def parse_sources(source, columns: dict | None, slice_str: str) -> list[Source]:
     return sources
 
 
-def _entry_problems(entry: dict, slice_str: str) -> list[str]:
+def _entry_problems(entry: dict, slice_str: str, fields: Iterable[str]) -> list[str]:
     problems = [f"{key}: no such key.{did_you_mean(key, ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
     if not str(entry.get("source") or "").strip():
         problems.append("names no hub dataset, file or folder.")
@@ -72,7 +75,8 @@ def _entry_problems(entry: dict, slice_str: str) -> list[str]:
         problems.append(f"weight = {weight!r}: must be a number above 0.")
     if not isinstance(columns, dict):
         return [*problems, f"columns = {columns!r}: give a dict such as {{'instruction': 'question', 'output': 'answer'}}."]
-    problems += [f"columns.{key}: a row has no such field.{did_you_mean(key, ROW_FIELDS)}" for key in columns if key not in ROW_FIELDS]
+    problems += [f"columns.{key}: a row has no such field.{did_you_mean(key, fields)}" for key in columns if key not in fields]
+    problems += [f"columns.{key} = {name!r}: name a column." for key, name in columns.items() if not isinstance(name, str) or not name]
     text = entry.get("slice", slice_str)
     if not isinstance(text, str) or not _SLICE.fullmatch(text):
         problems.append(f"slice {text!r}: write train, train[:1000], train[500:1500] or train[10%:20%].")
@@ -155,8 +159,9 @@ def _read_parquet(file: Path) -> Iterator[dict]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=1000):
+        # pre-buffering keeps every row group that was read; unbuffered, a whole one is held. Small batches, as a row of traces may be 250 kB
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as parquet:
+            for batch in parquet.iter_batches(batch_size=64):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{store.shown(file)} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
@@ -178,7 +183,12 @@ def _streamed(name: str, revision: str | None, split: str, start: str | None, st
 
     try:
         first, last = _bounds(start, stop, lambda: _count_streamed(name, revision, split))
-        rows = load_dataset(name, revision=revision, split=split, streaming=True, verification_mode="no_checks").skip(first)
+        how = {"split": split, "streaming": True, "verification_mode": "no_checks"}
+        files, first_there = _files_from(name, revision, split, first)
+        if files:
+            rows = load_dataset("parquet", data_files={split: files}, **how).skip(first_there)
+        else:
+            rows = load_dataset(name, revision=revision, **how).skip(first)
         yield from rows if last is None else rows.take(max(last - first, 0))
     except DistillError:
         raise
@@ -188,21 +198,46 @@ def _streamed(name: str, revision: str | None, split: str, start: str | None, st
         raise DataError(f"{name} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
 
 
-def _count_streamed(name: str, revision: str | None, split: str) -> int:
-    """How many rows a split has, by the footers of its Parquet files: a few kilobytes of each."""
-    import fsspec
-    import pyarrow.parquet
+def _files_from(name: str, revision: str | None, split: str, first: int) -> tuple[list[str], int]:
+    """The Parquet files of a split from the one that holds row `first`, and that row's number in it; none where all files are wanted.
+
+    `datasets` would fetch every row that it skips.
+    """
+    files = _data_files(name, revision, split) if first else []
+    if not all(file.endswith(".parquet") for file in files):
+        return [], first
+    for place, file in enumerate(files):
+        count = _count_remote(file)
+        if first < count:
+            return (files[place:], first) if place else ([], first)
+        first -= count
+    return files[-1:], first + count if files else 0
+
+
+def _data_files(name: str, revision: str | None, split: str) -> list[str]:
     from datasets import load_dataset_builder
 
-    count = 0
-    for file in load_dataset_builder(name, revision=revision).config.data_files[split]:
-        if not str(file).endswith(".parquet"):
+    return [str(file) for file in load_dataset_builder(name, revision=revision).config.data_files.get(split) or []]
+
+
+def _count_remote(file: str) -> int:
+    """Rows of a Parquet file by its footer: a few kilobytes."""
+    import fsspec
+    import pyarrow.parquet
+
+    with fsspec.open(file, "rb") as handle:
+        return pyarrow.parquet.read_metadata(handle).num_rows
+
+
+def _count_streamed(name: str, revision: str | None, split: str) -> int:
+    """How many rows a split has, by the footers of its Parquet files."""
+    files = _data_files(name, revision, split)
+    for file in files:
+        if not file.endswith(".parquet"):
             raise ConfigError(
                 f"A share or a negative row number needs Parquet files, and {file} is none. Use row numbers such as train[:1000]."
             )
-        with fsspec.open(str(file), "rb") as handle:
-            count += pyarrow.parquet.read_metadata(handle).num_rows
-    return count
+    return sum(map(_count_remote, files))
 
 
 def _bounds(start: str | None, stop: str | None, count: Callable[[], int]) -> tuple[int, int | None]:

@@ -60,6 +60,12 @@ def _cannot_look(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"Cannot read {shown(path)}: {error.strerror}. Choose a place that is yours.") from error
 
 
+def validation_path(path: str | Path) -> Path:
+    """Where the validation rows of a data file lie: `train_labeled.json` → `train_labeled_validation.json`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_validation{path.suffix}")
+
+
 def shown(path: str | Path) -> str:
     """A path as a message names it: relative to the project where it lies inside."""
     path = resolve(path)
@@ -240,10 +246,24 @@ def read_json(path: str | Path):
         raise DataError(f"{shown(path)} cannot be read as JSON: {shortened(error)}.") from error
 
 
-def append_json_line(path: Path, value) -> None:
+def append_json_line(path: str | Path, value) -> None:
     """Add one JSON value as one line, in a single write, so that a reader never meets half of an earlier line."""
     with open(path, "ab", buffering=0) as file:
         file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
+def read_journal(path: Path) -> list[dict]:
+    """The JSON lines that `append_json_line` wrote, none where there is no file; a last one that a kill cut short is taken off the file."""
+    if not is_file(path):
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise DataError(f"{shown(path)} is no journal of the lab: {shortened(error)}. Remove it to start anew.") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> int:

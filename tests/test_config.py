@@ -64,13 +64,16 @@ def test_a_key_that_is_no_text_is_an_error(project, key):
     assert f"{key}: no such setting." in problems_of({key: 1})
 
 
-def test_both_names_of_the_epochs_are_an_error_and_either_alone_is_the_same_setting(project):
-    assert any("num_epochs and num_train_epochs are one setting" in line for line in problems_of({"num_epochs": 1, "num_train_epochs": 1}))
-    for user in ({"num_epochs": 2}, {"num_train_epochs": 2}, {"num_epochs": None, "num_train_epochs": 2}):
-        settings = resolve(user, "system1")
-        assert settings.values["num_train_epochs"] == 2
-        assert settings.origins["num_train_epochs"] == "yours"
-        assert "num_epochs" not in settings.values
+@pytest.mark.parametrize(("other", "name", "value"), [("num_epochs", "num_train_epochs", 2), ("cot_path", "labeled_path", "data/x.json")])
+def test_both_names_of_a_setting_are_an_error_and_either_alone_is_the_same_setting(project, other, name, value):
+    assert problems_of({other: value, name: value}) == [
+        "1 problem in your configuration",
+        f"{other} and {name} are one setting under two names: give only one.",
+    ]
+    found = [resolve(user, "system2") for user in ({other: value}, {name: value}, {other: None, name: value})]
+    for settings in found:
+        assert settings == found[0] and settings.origins[name] == "yours" and other not in settings.values
+    assert found[0].values[name] in (value, str(project / str(value)))
 
 
 BAD_VALUES = [
@@ -96,9 +99,13 @@ BAD_VALUES = [
     ("per_device_train_batch_size", 0),
     ("gradient_accumulation_steps", 0),
     ("gradient_checkpointing", 1),
-    ("bf16", True),
     ("bf16", 0),
-    ("fp16", True),
+    ("fp16", 1),
+    ("lora_rank", -1),
+    ("lora_rank", 8.0),
+    ("packing", 1),
+    ("sample_answers", 6),
+    ("sample_answers", True),
     ("completion_only_loss", False),
     ("report_to", ["wandb"]),
     ("save_strategy", "never"),
@@ -130,6 +137,13 @@ def test_a_value_of_the_wrong_type_or_range_is_the_one_problem(project, key, val
         ("seed", 0),
         ("max_steps", -1),
         ("bf16", False),
+        ("bf16", True),
+        ("fp16", True),
+        ("lora_rank", 1),
+        ("lora_rank", 0),
+        ("packing", True),
+        ("sample_answers", 0),
+        ("sample_answers", 5),
         ("out_dir", Path("x")),
     ],
 )
@@ -147,6 +161,31 @@ def test_a_warmup_of_yours_takes_the_place_of_the_presets_and_two_of_yours_are_a
 def test_saving_by_steps_needs_how_many(project):
     assert any("needs save_steps" in line for line in problems_of({"save_strategy": "steps"}))
     assert resolve({"save_strategy": "steps", "save_steps": 5}, "system1").values["save_steps"] == 5
+
+
+def test_bf16_and_fp16_are_one_choice(project):
+    assert any("give only one, or neither" in line for line in problems_of({"bf16": True, "fp16": True}))
+    store.write_json("half.json", {**json.loads((config.PRESETS / "system1.json").read_text()), "bf16": True})
+    assert "bf16" not in resolve({"fp16": True}, "half.json").values
+    assert resolve({"fp16": False}, "half.json").values["bf16"] is True  # a false one takes no other's place
+
+
+def test_lora_settings_without_lora_and_packing_with_length_groups_are_errors(project):
+    for user in ({"lora_alpha": 8}, {"lora_dropout": 0.1}):
+        (key, value), (_, line) = *user.items(), problems_of(user)
+        assert line == f"{key} = {value!r}: has no effect without lora_rank; set that too, or drop it."
+    both = problems_of({"packing": True, "group_by_length": True})
+    assert both[1:] == ["packing and group_by_length both decide which rows train together: give only one."]
+
+
+def test_packing_of_yours_takes_the_place_of_the_presets_length_groups(project):
+    assert "group_by_length" not in resolve({"packing": True}, "micro_system1").values
+    assert resolve({"packing": False}, "micro_system1").values["group_by_length"] is True
+
+
+def test_a_rank_of_0_switches_the_presets_lora_off(project):
+    store.write_json("lora.json", {**json.loads((config.PRESETS / "system2.json").read_text()), "lora_alpha": 8, "lora_dropout": 0.1})
+    assert "lab" not in build_job(resolve({"lora_rank": 0}, "lora.json"), project / "tokens.json")
 
 
 @pytest.mark.parametrize("user", [[1], "student_model=x", 5])
@@ -215,6 +254,15 @@ def test_a_shipped_preset_is_valid_by_itself(project, name):
     assert job_problems(build_job(settings, project / "tokens.json")) == []
 
 
+def test_the_presets_are_the_designs():
+    presets = {path.stem: json.loads(path.read_text()) for path in config.PRESETS.glob("*.json")}
+    assert presets.keys() == {"system1", "system2", "micro_system1", "micro_system2"} == set(USER_PRESETS)
+    system2 = presets["system2"]
+    assert (system2["student_model"], system2["out_dir"]) == ("Qwen/Qwen2.5-1.5B-Instruct", "./distilled-qwen2.5-1.5b-cot")
+    assert system2["config_path"] == "configs/kd_cot_qwen_1_5b.json" and system2["lora_rank"] and system2["gradient_checkpointing"]
+    assert {presets[name]["cot_path"] for name in ("system2", "micro_system2")} == {"data/omnithought_cot.json"}
+
+
 def test_an_unknown_preset_is_an_error_that_names_the_shipped_ones(project):
     with pytest.raises(ConfigError, match=r"preset = 'sistem1': there is no such preset. Did you mean \w*system1\? Shipped: .*system1"):
         resolve({"preset": "sistem1"}, "system1")
@@ -273,6 +321,23 @@ def test_a_job_holds_the_settings_and_only_absolute_paths(project, job):
     assert config.TEMPLATE.is_file()
 
 
+def test_what_only_the_lab_can_do_is_a_section_of_its_own_absent_when_unused(project):
+    def lab_of(user: dict) -> dict:
+        return build_job(resolve(user, "system1"), project / "tokens.json").get("lab")
+
+    assert lab_of({}) is None
+    assert lab_of({"lora_rank": 0, "lora_dropout": 0.0, "packing": False, "sample_answers": 3}) is None
+    assert lab_of({"lora_rank": 8, "packing": True}) == {"lora_rank": 8, "packing": True}
+    assert lab_of({"sample_answers": 0}) == {"sample_answers": 0}
+
+
+def test_lab_settings_fill_in_what_a_job_leaves_out(job):
+    assert config.lab_settings(job) == {"lora_rank": 0, "lora_alpha": 0, "lora_dropout": 0.0, "packing": False, "sample_answers": 3}
+    assert config.lab_settings({**job, "lab": {"lora_rank": 8}})["lora_alpha"] == 16
+    assert config.lab_settings({**job, "lab": {"lora_rank": 8, "lora_alpha": 4}})["lora_alpha"] == 4
+    assert config.LAB_DEFAULTS.keys() == config.LAB.keys()
+
+
 def test_a_job_has_easydistills_own_sections_and_keys(job):
     assert job["job_type"] == "kd_black_box_train_only"
     assert set(job) - {"job_type"} <= set(EASYDISTILL_KD)
@@ -287,6 +352,7 @@ def test_a_job_file_may_have_easydistills_own_sections_and_keys_and_no_others():
     unused = {"api_key", "logits_path"}
     known = {section: set(keys) for section, keys in config.JOB_SECTIONS.items()}
     own = {section: keys - unused for section, keys in EASYDISTILL_KD.items()}
+    assert known.pop("lab") == set(config.LAB)  # what only the lab's own engine can do
     assert own["training"] | set(config.TRAINING) == known.pop("training")
     assert {section: keys for section, keys in own.items() if section != "training"} == known
 
@@ -294,12 +360,13 @@ def test_a_job_file_may_have_easydistills_own_sections_and_keys_and_no_others():
 def test_every_training_setting_reaches_trls_configuration_under_a_name_that_it_has():
     from trl.trainer.sft_config import SFTConfig
 
-    from distill.train import sft_settings
+    from distill.trainer import sft_settings
 
     fields = {field.name for field in dataclasses.fields(SFTConfig)}
     settings = sft_settings(dict.fromkeys(config.TRAINING, 1), "x", validate=True)
     assert settings.keys() <= fields
-    translated = {"warmup_ratio", "group_by_length"}  # EasyDistill's TRL has these, a newer one calls them otherwise
+    # EasyDistill's TRL has these, a newer one calls them otherwise
+    translated = {"warmup_ratio", "group_by_length", "gradient_checkpointing"}
     assert set(config.TRAINING) - settings.keys() <= translated
 
 
@@ -318,6 +385,16 @@ BAD_JOBS = {
     "training.output_dir = 'out': must be an absolute path.": lambda job: job["training"].update(output_dir="out"),
     "dataset.labeled_path = 'x.json': must be an absolute path.": lambda job: job["dataset"].update(labeled_path="x.json"),
     "dataset.labeled_path: is needed": lambda job: job["dataset"].update(labeled_path=""),
+    "lab: is missing or no JSON object.": lambda job: job.update(lab=[]),
+    "lab.lora_rnk: no such setting. Did you mean lora_rank?": lambda job: job.update(lab={"lora_rnk": 8}),
+    "lab.lora_rank = -1: lies outside 0 to ": lambda job: job.update(lab={"lora_rank": -1}),
+    "lab.lora_dropout = 1: lies outside": lambda job: job.update(lab={"lora_rank": 8, "lora_dropout": 1}),
+    "lab.lora_alpha = 8: has no effect without lab.lora_rank": lambda job: job.update(lab={"lora_alpha": 8}),
+    "lab.packing and training.group_by_length both decide": lambda job: (
+        job.update(lab={"packing": True}),
+        job["training"].update(group_by_length=True),
+    ),
+    "training.bf16 and training.fp16 are two ways": lambda job: job["training"].update(bf16=True, fp16=True),
     "models.student = 5: is no path or name.": lambda job: job["models"].update(student=5),
     "models.student: is needed": lambda job: job["models"].update(student=None),
 }

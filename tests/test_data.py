@@ -79,6 +79,13 @@ def test_duplicates_are_merged_into_the_first_and_counted(project, prepare):
     assert [row["output"] for row in labeled(project)] == ["answer 0", "answer 1", "answer 2", "answer 9"]
 
 
+def test_a_preparation_says_whose_the_labels_are(project, prepare, capsys):
+    store.write_jsonl("rows.jsonl", numbered(4))
+    prepared = prepare(validation=0.5)
+    assert prepared.teachers == {"whoever wrote rows.jsonl": 4}
+    assert "labels by: whoever wrote rows.jsonl (100%)\n  (not by the teacher of the comparison, unless" in capsys.readouterr().out
+
+
 def test_every_dropped_row_is_counted_with_its_reason(project, prepare):
     bad = [
         {"instruction": "", "output": "x"},
@@ -188,6 +195,23 @@ def test_a_slice_of_a_stream_means_the_same_rows(project):
         assert instructions_of(_streamed(str(project / "folder"), None, "train", start, stop)) == wanted
     with pytest.raises(DataError, match="folder cannot be read: ValueError: .*test"):
         list(_streamed(str(project / "folder"), None, "test", None, None))
+
+
+def test_files_before_a_slice_of_a_stream_are_not_fetched(project):
+    """The rows of the first two files are destroyed, their footers left: a slice behind them is read all the same."""
+    for number, name in enumerate("abc"):
+        store.write_parquet(f"folder/{name}.parquet", numbered(4, start=4 * number))
+    for name in "ab":
+        file = project / "folder" / f"{name}.parquet"
+        content = file.read_bytes()
+        footer = 8 + int.from_bytes(content[-8:-4], "little")
+        file.write_bytes(content[:4] + b"\xff" * (len(content) - 4 - footer) + content[-footer:])
+    assert instructions_of(_streamed(str(project / "folder"), None, "train", "9", None)) == ["question 9", "question 10", "question 11"]
+    assert instructions_of(_streamed(str(project / "folder"), None, "train", "-2", "11")) == ["question 10"]
+    assert instructions_of(_streamed(str(project / "folder"), None, "train", "12", None)) == []
+    assert instructions_of(_streamed(str(project / "folder"), None, "train", "90%", None)) == ["question 11"]
+    with pytest.raises(DataError, match="folder cannot be read"):
+        list(_streamed(str(project / "folder"), None, "train", "7", None))
 
 
 def test_a_local_file_is_read_without_the_datasets_library_and_so_without_the_network(project, start_python):

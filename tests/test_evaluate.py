@@ -5,7 +5,7 @@ import pytest
 from distill import models
 from distill.errors import DataError
 from distill.evaluate import exact_match, final_answer, wilson
-from distill.models import generate
+from distill.generation import generate
 from distill.prompt import asked_ids
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill import store, train
+from distill import store, train, trainer
+from distill.checkpoint import RUN_RECORD, verify_checkpoint, weight_hashes, with_edits
 from distill.errors import BackendError, ConfigError
+from distill.generation import generate
 from distill.models import load_student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +37,7 @@ def test_checkpoint_is_complete_and_sealed(checkpoint):
         "chat_template.jinja",
         "distill_run.json",
     } <= names
-    record = store.read_manifest(checkpoint, name=train.RUN_RECORD)
+    record = store.read_manifest(checkpoint, name=RUN_RECORD)
     assert set(record["files"]) == names - {"distill_run.json"}
     assert record["backend"] == "builtin" and record["versions"]["trl"] and record["job"]["job_type"] == "kd_black_box_train_only"
     assert record["settings"]["learning_rate"] == {"value": 0.002, "origin": "preset micro_system1"}
@@ -51,12 +54,12 @@ def test_checkpoint_loads_plainly_and_stops_at_the_end_of_turn(checkpoint):
 
 def test_every_parameter_moved(checkpoint, micro):
     student, _ = load_student(str(micro / "student_system1"))
-    before = train.weight_hashes(student)
-    assert train.verify_checkpoint(checkpoint, before) == len(before)
+    before = weight_hashes(student)
+    assert verify_checkpoint(checkpoint, before) == len(before)
 
 
 def test_training_taught_something(small_run, checkpoint):
-    metrics = store.read_json(checkpoint / train.RUN_RECORD)["metrics"]
+    metrics = store.read_json(checkpoint / RUN_RECORD)["metrics"]
     assert metrics["last_loss"] < 0.8 * metrics["first_loss"]
     assert metrics["best_validation_loss"] == min(metrics["validation_loss"])
     assert len(metrics["validation_loss"]) == 2  # one an epoch
@@ -84,7 +87,7 @@ def test_best_and_last_differ_when_validation_worsens(tmp_path, micro, make_job)
     result = train.run(job, tmp_path / "run", "test")
     losses = result.metrics["validation_loss"]
     assert result.metrics["best_validation_loss"] == min(losses) < losses[-1]
-    best, last = (train.weight_hashes(load_student(str(path))[0]) for path in (result.checkpoint, tmp_path / "run" / "last"))
+    best, last = (weight_hashes(load_student(str(path))[0]) for path in (result.checkpoint, tmp_path / "run" / "last"))
     assert best != last
 
 
@@ -95,9 +98,9 @@ def test_settings_become_arguments_that_trl_accepts(tmp_path):
     training = {
         key: value for key, value in preset.items() if key in {field.name for field in dataclasses.fields(SFTConfig)} | {"warmup_ratio"}
     }
-    arguments = SFTConfig(**train.sft_settings({**training, "num_train_epochs": 3}, str(tmp_path), validate=True), use_cpu=True)
+    arguments = SFTConfig(**trainer.sft_settings({**training, "num_train_epochs": 3}, str(tmp_path), validate=True))
     assert arguments.warmup_steps == 0.1 and arguments.get_warmup_steps(200) == 20
-    assert not arguments.bf16 and not arguments.gradient_checkpointing and arguments.completion_only_loss
+    assert not arguments.bf16 and not arguments.fp16 and not arguments.activation_checkpointing and arguments.completion_only_loss
     assert arguments.eval_strategy == arguments.save_strategy == "epoch" and arguments.load_best_model_at_end
 
 
@@ -174,15 +177,15 @@ def test_a_job_edited_after_its_tokens_were_made_is_refused(tmp_path, make_job, 
 
 def test_an_edit_in_the_job_file_is_recorded_as_such():
     planned = {"learning_rate": {"value": 0.1, "origin": "yours"}, "seed": {"value": 1, "origin": "preset x"}}
-    recorded = train._with_edits(planned, {"learning_rate": 0.2, "seed": 1, "output_dir": "/x"})
+    recorded = with_edits(planned, {"learning_rate": 0.2, "seed": 1, "output_dir": "/x"})
     assert recorded == {"learning_rate": {"value": 0.2, "origin": "job file"}, "seed": {"value": 1, "origin": "preset x"}}
 
 
 def test_length_groups_cover_every_row_once_with_little_padding_in_random_order():
     lengths = [(number * 7919) % 190 + 10 for number in range(1003)]
-    order = train.length_groups(lengths, 16, seed=0, epoch=0)
+    order = trainer.length_groups(lengths, 16, seed=0, epoch=0)
     assert sorted(order) == list(range(1003))
-    assert order == train.length_groups(lengths, 16, seed=0, epoch=0) != train.length_groups(lengths, 16, seed=0, epoch=1)
+    assert order == trainer.length_groups(lengths, 16, seed=0, epoch=0) != trainer.length_groups(lengths, 16, seed=0, epoch=1)
     batches = [[lengths[number] for number in order[start : start + 16]] for start in range(0, 1003, 16)]
     assert sum(max(batch) * len(batch) for batch in batches) < 1.1 * sum(lengths)
     means = [sum(batch) / len(batch) for batch in batches]
@@ -214,17 +217,101 @@ def test_the_engine_sees_one_gpu(monkeypatch):
 
 
 def test_attention_is_chosen_with_a_reason():
-    assert train.attention_for(512)[0] == "eager" and train.attention_for(513)[0] == "sdpa"
-    assert all(train.attention_for(length)[1] for length in (64, 4096))
+    assert trainer.attention_for(512)[0] == "eager" and trainer.attention_for(513)[0] == "sdpa"
+    assert all(trainer.attention_for(length)[1] for length in (64, 4096))
+
+
+# Sample answers
+
+
+def test_sample_answers_are_the_students_own_at_every_save(small_run):
+    from distill.prompt import asked_ids
+
+    samples = list(store.read_rows(small_run["run"] / "samples.jsonl"))
+    validation = list(store.read_rows(small_run["run"] / "train_tokenized_validation.json"))[:3]
+    steps = small_run["result"].metrics["steps"]
+    assert [sample["step"] for sample in samples] == [steps // 2] * 3 + [steps] * 3  # one save an epoch
+    model, tokenizer = load_student(str(small_run["run"] / "last"))
+    asked = [asked_ids(tokenizer, row["instruction"]) for row in validation]
+    limit = math.ceil(
+        1.5 * max(sum(row["completion_mask"]) for row in store.read_rows(small_run["run"] / "train_tokenized_validation.json"))
+    )
+    answers = generate(model.eval(), tokenizer, asked, limit)
+    for sample, row, answer in zip(samples[3:], validation, answers, strict=True):
+        texts = {"instruction": row["instruction"], "answer": answer.text, "reference": row["output"]}
+        assert sample == {"step": steps, **texts, "stopped": answer.stopped}
+    log = (small_run["run"] / "train.log").read_text()
+    assert all(train.sample_line(sample) in log for sample in samples)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_is_bitwise_the_same_with_and_without_sample_answers(tmp_path, make_job, prepared_rows, micro, precision):
+    """With dropout and a shuffled order, so that a random number drawn for a sample would show."""
+    hashes = {}
+    for count in (0, 2):
+        folder = tmp_path / str(count)
+        settings = {"num_epochs": 3, "lora_rank": 4, "lora_dropout": 0.2, "bf16": precision == "bf16"}
+        job = store.read_json(make_job(folder, prepared_rows[:32], prepared_rows[32:40], **settings))
+        tokens = Path(job["dataset"]["labeled_path"])
+        callbacks = train._callbacks(train.validation_path(tokens), count, folder)
+        data = trainer.datasets(tokens, folder / "cache")
+        student = load_student(str(micro / "student_system1"), attention="eager")
+        made = trainer.build_trainer(job, precision, student, data, folder / "checkpoints", callbacks)
+        made.train()
+        hashes[count] = weight_hashes(made.model)
+        lines = (folder / "samples.jsonl").read_text().splitlines() if count else []
+        assert len(lines) == 3 * count and (folder / "samples.jsonl").exists() == bool(count)
+    assert hashes[0] == hashes[2]
+
+
+def test_answering_in_the_midst_of_training_disturbs_neither_mode_nor_random_numbers():
+    import random
+
+    import numpy
+    import torch
+
+    def draws() -> tuple:
+        return torch.rand(1).item(), random.random(), numpy.random.rand()
+
+    model = torch.nn.Dropout()
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    wanted = draws()
+    torch.set_rng_state(states[0]), random.setstate(states[1]), numpy.random.set_state(states[2])
+    with train._undisturbed(model):
+        assert not model.training
+        torch.manual_seed(0), draws()
+    assert model.training and draws() == wanted
+    with train._undisturbed(model.eval()):
+        pass
+    assert not model.training
+
+
+def test_sample_questions_are_the_first_of_the_file_and_their_answers_have_a_limit(tmp_path):
+    def write(*lengths: int) -> Path:
+        store.write_rows(tmp_path / "rows.json", [{"id": n, "completion_mask": [0, 0] + [1] * length} for n, length in enumerate(lengths)])
+        return tmp_path / "rows.json"
+
+    rows, limit = train.sample_questions(write(4, 5, 9, 3), 2)
+    assert [row["id"] for row in rows] == [0, 1] and limit == 14  # 9 × 1.5, rounded up; the longest of all rows
+    assert train.sample_questions(write(400), 3)[1] == 512 and len(train.sample_questions(write(400), 3)[0]) == 1
+
+
+def test_a_hostile_sample_is_one_printable_line(capsys):
+    hostile = "a\n@event {}\x1b[2J\u2028[bold]" + "b" * 500 + " the end"
+    sample = {"step": 1200, "instruction": hostile, "answer": hostile, "reference": "", "stopped": False}
+    line = train.sample_line(sample)
+    assert line.isprintable() and line.startswith("step 1200: a @event {} [2J [bold]") and "the end (cut off)" in line and len(line) < 260
+    train._progress(lambda *arguments, **named: pytest.fail("a sample is no step"))({"sample": sample})
+    assert "[bold]" in capsys.readouterr().out
 
 
 def test_a_second_training_keeps_the_first_checkpoint_as_previous(tmp_path, make_job):
     rows = [{"instruction": "Is 1234 even or odd?", "output": "even"}]
     job = make_job(tmp_path, rows, max_steps=1, warmup_ratio=0.0)
     first = train.run(job, tmp_path / "run", "test")
-    kept = train.weight_hashes(load_student(first.checkpoint)[0])
+    kept = weight_hashes(load_student(first.checkpoint)[0])
     train.run(make_job(tmp_path, rows, max_steps=2, warmup_ratio=0.0), tmp_path / "run", "test")
-    assert train.weight_hashes(load_student(f"{first.checkpoint}.previous")[0]) == kept
+    assert weight_hashes(load_student(f"{first.checkpoint}.previous")[0]) == kept
 
 
 # Interruptions: each starts the command line in a process of its own, over an older checkpoint that must survive
@@ -237,7 +324,9 @@ def long_run(tmp_path, make_job, prepared_rows):
     old = {path.name: store.hash_file(path) for path in Path(first.checkpoint).iterdir()}
     job = make_job(tmp_path, prepared_rows * 4, num_epochs=50, save_strategy="steps", save_steps=4)
     code = f"from distill_app import run_easy_distill; run_easy_distill({str(job)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # a shell that runs the tests in the background has them ignore interrupts, and a child inherits that
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **heed)
     checkpoints = Path(store.read_json(job)["dataset"]["labeled_path"]).parent / "checkpoints"
     wait_for(lambda: list(checkpoints.glob("checkpoint-*")), 90)
     yield process, tmp_path, old
@@ -260,7 +349,7 @@ def engine_of(process) -> psutil.Process:
 def assert_untouched(folder: Path, old: dict):
     assert {path.name: store.hash_file(path) for path in (folder / "out").iterdir()} == old
     assert not [path.name for path in folder.iterdir() if ".tmp-" in path.name]
-    assert store.read_manifest(folder / "out", name=train.RUN_RECORD)
+    assert store.read_manifest(folder / "out", name=RUN_RECORD)
 
 
 def test_a_killed_engine_is_an_error_that_shows_the_log_and_changes_nothing(long_run):

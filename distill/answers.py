@@ -1,0 +1,143 @@
+"""Ask models questions in a subprocess (`python -m distill.answers --request FILE`), one model in memory at a time.
+
+Every answer is in its model's *journal* as soon as its batch is done: one JSON line `{"id", "text", "tokens", "stopped", "seconds"}`.
+A journal that outlives the process is how labelling goes on after an interruption.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from . import engine, store
+from .console import progress
+from .errors import DistillError
+from .generation import Answer, generate
+from .models import device, load_to_answer
+from .prompt import asked_ids
+
+FACTS = ("parameters", "weight_bytes", "device", "load_seconds", "versions")
+PACKAGES = ("torch", "transformers", "tokenizers")
+
+
+def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[str, dict]:
+    """Ask several models, each its own questions, in one subprocess.
+
+    requests    [{"name", "path", "bits", "questions", "max_new_tokens"}] and, where wanted, "role", "temperature", "top_p", "seed", "batch_size",
+                "journal"
+        bits            of a weight, 4, 8, 16 or 32
+        role            "student" (the default) or "teacher": what a message calls the model
+        questions       [{"instruction", "mode"}] and, where wanted, "input" and "id" (its name in the journal; its number otherwise)
+        max_new_tokens  mode → limit of an answer, in tokens
+        journal         a file that answers are added to; without one, a temporary file
+    run_folder  where the log goes, answers.log
+    Returns {name: {"parameters", "weight_bytes", "device", "load_seconds", "versions": {package: version},
+    "answers": [{"text", "tokens", "stopped", "seconds"}]}}, answers in the order of the questions.
+    Raises BackendError with the end of the log.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=run_folder) as folder:
+        file, facts = Path(folder) / "request.json", Path(folder) / "facts.json"
+        requests = [{"journal": str(Path(folder) / f"{number}.jsonl"), **request} for number, request in enumerate(requests)]
+        store.write_json(file, {"requests": requests, "facts": str(facts)})
+        log = run_folder / "answers.log"
+        with progress(title, total=sum(len(request["questions"]) for request in requests)) as update:
+            show = lambda event: update(event["done"], note=event["name"])  # noqa: E731
+            status = engine.run_module("distill.answers", ["--request", str(file)], log, show)
+        if status or not facts.is_file():
+            raise engine.failure(title, status, log)
+        found = store.read_json(facts)
+        return {request["name"]: {**found[request["name"]], "answers": _in_order(request)} for request in requests}
+
+
+def _in_order(request: dict) -> list[dict]:
+    written = {entry.pop("id"): entry for entry in store.read_journal(Path(request["journal"]))}
+    return [written[_name(number, question)] for number, question in enumerate(request["questions"])]
+
+
+def _name(number: int, question: dict):
+    return question.get("id", number)
+
+
+def answer_all(model, tokenizer, request: dict, finished=lambda answers: None) -> dict:
+    """Ask one loaded model, in this process. Returns what `ask` returns for a model, without "load_seconds".
+
+    finished  called with {question number: Answer} after each batch
+    """
+    questions = request["questions"]
+    answers: list[Answer | None] = [None] * len(questions)
+    for mode, numbers in _by_mode(questions).items():
+        asked = [asked_ids(tokenizer, questions[number]["instruction"], questions[number].get("input") or "", mode) for number in numbers]
+
+        def keep(done: dict[int, Answer], numbers: list[int] = numbers) -> None:
+            named = {numbers[place]: answer for place, answer in done.items()}
+            for number, answer in named.items():
+                answers[number] = answer
+            finished(named)
+
+        sampling = {key: request[key] for key in ("temperature", "top_p", "seed", "batch_size", "batch_tokens") if key in request}
+        generate(model, tokenizer, asked, request["max_new_tokens"][mode], finished=keep, **sampling)
+    return {
+        "parameters": model.num_parameters(),
+        "weight_bytes": model.get_memory_footprint(),
+        "device": str(model.device),
+        "versions": {package: version(package) for package in PACKAGES},
+        "answers": [asdict(answer) for answer in answers],
+    }
+
+
+def _by_mode(questions: list[dict]) -> dict[str, list[int]]:
+    """Question numbers by the mode they are asked in."""
+    numbers: dict = defaultdict(list)
+    for number, question in enumerate(questions):
+        numbers[question["mode"]].append(number)
+    return numbers
+
+
+# In the engine's process
+
+
+def main() -> None:
+    """Answer the questions of a request file into the journals, then write the models' facts."""
+    parser = argparse.ArgumentParser(prog="python -m distill.answers", description="Ask models questions, one model at a time.")
+    parser.add_argument("--request", required=True, help="JSON: {requests, facts}, as distill.answers.ask writes it")
+    engine.end_with_parent()
+    job = store.read_json(parser.parse_args().request)
+    try:
+        facts, done = {}, 0
+        for request in job["requests"]:
+            facts[request["name"]] = _answer_one(request, done)
+            done += len(request["questions"])
+        store.write_json(job["facts"], facts)
+    except DistillError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _answer_one(request: dict, before: int) -> dict:
+    """Ask one model, then let it go; returns its facts."""
+    import time
+
+    started = time.perf_counter()
+    model, tokenizer = load_to_answer(request["path"], request.get("role", "student"), request["bits"])
+    load_seconds = time.perf_counter() - started
+    place, reason = device()
+    print(f"{request['name']}: {request['bits']}-bit on {place} ({reason}), loaded in {load_seconds:.1f} s")
+    done = before
+
+    def finished(answers: dict[int, Answer]) -> None:
+        nonlocal done
+        for number, answer in answers.items():
+            store.append_json_line(request["journal"], {"id": _name(number, request["questions"][number]), **asdict(answer)})
+        done += len(answers)
+        engine.emit(name=request["name"], done=done)
+
+    engine.emit(name=request["name"], done=done)
+    made = answer_all(model, tokenizer, request, finished)
+    return {key: {**made, "load_seconds": load_seconds}[key] for key in FACTS}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""A checkpoint: saved whole, loaded again, compared with the student, sealed with `distill_run.json`.
+
+An adapter is merged into the student before it is saved, so that every checkpoint loads with plain `AutoModelForCausalLM`.
+"""
+
+import hashlib
+from pathlib import Path
+
+from . import config, store
+from .errors import BackendError, ConfigError
+from .generation import stop_ids
+from .models import load_student
+
+RUN_RECORD = "distill_run.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
+ENGINE_MODULES = ("train.py", "trainer.py", "checkpoint.py")
+
+
+def check_out_dir(out_dir: str | Path) -> None:
+    """Raise ConfigError unless a checkpoint may be published at `out_dir`: writable, and no folder of somebody's other work."""
+    folder = store.resolve(out_dir)
+    ours = store.is_dir(folder) and (store.is_file(folder / RUN_RECORD) or not any(folder.iterdir()))
+    if not ours and (store.is_dir(folder) or store.is_file(folder)):
+        raise ConfigError(
+            f"out_dir = {store.shown(folder)}: something stands there that is no checkpoint of the lab. Choose another place."
+        )
+    store.check_writable(folder)
+
+
+def run_id(out_dir: Path) -> str | None:
+    """The run that made the checkpoint at `out_dir`; None where there is none."""
+    place = out_dir / RUN_RECORD
+    record = store.read_json(place) if store.is_file(place) else None
+    return record.get("run_id") if isinstance(record, dict) else None
+
+
+def engine_sha256() -> str:
+    """SHA-256 (hex) of the modules that decide a training."""
+    return store.hash_json([store.hash_file(Path(__file__).with_name(name)) for name in ENGINE_MODULES])
+
+
+# Saving
+
+
+def save(model, tokenizer, folder: Path) -> dict:
+    """Save a checkpoint that answers and stops by itself. Returns the saved weights' hashes."""
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return weight_hashes(model)
+
+
+def save_merged(student: str, adapter: Path, tokenizer, folder: Path) -> dict:
+    """Save a student with a LoRA adapter merged into it. Returns the saved weights' hashes.
+
+    The student is loaded anew, in fp32: the one that was trained may be held in half precision, where a merge would round away
+    what was learnt.
+    """
+    from peft import PeftModel
+
+    base, _ = load_student(student)
+    return save(PeftModel.from_pretrained(base, adapter).merge_and_unload(), tokenizer, folder)
+
+
+# Proof
+
+
+def weight_hashes(model) -> dict:
+    """SHA-256 of every parameter's values, by name: 32 bytes stand for a tensor, so a model need not be held twice."""
+    return {
+        name: hashlib.sha256(parameter.detach().float().cpu().contiguous().numpy().data).hexdigest()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def verify_checkpoint(folder: Path, student: dict, trained: dict | None = None) -> int:
+    """Load a checkpoint as any user would and compare its weights. Returns how many tensors differ from the student's.
+
+    student  the student's `weight_hashes`
+    trained  those of the model that was saved, where it is at hand: they must come back exactly
+    Raises BackendError where it does not load, is not finite, does not differ, or came back otherwise than it was saved.
+    """
+    import torch
+
+    model, _ = load_student(str(folder))
+    hashes = weight_hashes(model)
+    moved = sum(hashes[name] != student.get(name) for name in hashes)
+    unsound = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if unsound:
+        raise BackendError(f"The trained weights are not finite ({unsound[0]} and {len(unsound) - 1} more). Lower learning_rate.")
+    if not moved:
+        raise BackendError("The trained weights equal the student's: nothing was learnt. Raise learning_rate or num_train_epochs.")
+    if hashes.keys() != student.keys():
+        raise BackendError(f"The checkpoint has other tensors than the student: {', '.join(sorted(hashes.keys() ^ student.keys())[:4])}.")
+    if trained is not None and hashes != trained:
+        raise BackendError("The checkpoint does not hold the weights that were saved; is the disk full?")
+    return moved
+
+
+# The record
+
+
+def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: dict) -> dict:
+    """What `distill_run.json` says of a checkpoint, besides its files.
+
+    student  the student's `weight_hashes`
+    chosen   what the engine chose by itself: name → {"value", "reason"}
+    """
+    import platform
+    import secrets
+    from importlib.metadata import version
+
+    plan = run_folder / "plan.json"
+    planned = store.read_json(plan) if plan.is_file() else {}
+    return {
+        "run_id": secrets.token_hex(8),
+        "backend": "builtin",
+        "job": job,
+        **planned,
+        "settings": with_edits(planned.get("settings", {}), {**job["training"], **job.get("lab", {})}),
+        "chosen": chosen,
+        "student_sha256": store.hash_json(student),
+        "tokens_sha256": store.hash_file(Path(job["dataset"]["labeled_path"])),
+        "engine_sha256": engine_sha256(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "metrics": metrics,
+    }
+
+
+def with_edits(planned: dict, settings: dict) -> dict:
+    """The planned settings with their origins; what the job says otherwise was edited there."""
+    edited = {key: value for key, value in settings.items() if key != "output_dir" and planned.get(key, {}).get("value") != value}
+    removed = {key: config.LAB_DEFAULTS[key] for key in config.LAB_DEFAULTS if key in planned and key not in settings}
+    edited |= {key: value for key, value in removed.items() if planned[key]["value"] != value}
+    return {**planned, **{key: {"value": value, "origin": "job file"} for key, value in edited.items()}}

@@ -1,0 +1,161 @@
+"""What a notebook's run uses: the Qwen models of its form, or the micro world. Decided here, by values alone."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+from . import store
+from .data import DISTILQWEN
+from .errors import ConfigError
+from .microlab import MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
+from .traces import OMNITHOUGHT
+
+MICRO_WORLD_CHOICES = ("auto", "yes", "no")
+# A short run, to see every step within minutes; the full one takes the form's own numbers.
+SHORT = {"rows_system1": 200, "rows_system2": 100, "epochs": 1}
+MICRO_SLICES = {False: ("train[:3000]", "train[:1200]"), True: ("train", "train")}
+MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The notebook's form.
+
+    use_micro_world  "auto" decides by GPU and hub, "yes" and "no" force it
+    full_run         False caps rows and epochs at SHORT
+    rv_…, cd_…       levels 0 to 9; long_share: 0 to 1, or None
+    """
+
+    use_micro_world: str = "auto"
+    full_run: bool = False
+    teacher_model: str = "Qwen/Qwen2.5-7B-Instruct"
+    student_system1: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    student_system2: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    slice_system1: str = "train[:1000]"
+    slice_system2: str = "train[:20000]"
+    rows_system2: int = 2000
+    rv_min: float = 0
+    rv_max: float = 9
+    cd_min: float = 0
+    cd_max: float = 9
+    long_share: float | None = None
+    epochs_system1: int = 3
+    epochs_system2: int = 3
+    relabel_with_teacher: bool = False
+    compare_prompts: tuple = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run uses: each dict is handed on as it is, and may be changed before.
+
+    data_system1, data_system2  arguments of prepare_system1_dataset and prepare_system2_dataset
+    system1, system2            settings of distill_system1 and distill_system2
+    compare                     arguments of compare_models, without the students' paths
+    questions                   mode → a question to try the student with
+    notes                       what a user should be told
+    """
+
+    data_system1: dict
+    data_system2: dict
+    system1: dict
+    system2: dict
+    compare: dict
+    questions: dict
+    notes: tuple[str, ...]
+
+
+def choose(gpu: bool, hub: bool, wanted: Wanted) -> Choice:
+    """The models, data and settings of a run.
+
+    gpu, hub  whether a GPU is there, and whether the model hub answers
+    Raises ConfigError for a value that is none of the form's, and for a GPU without a hub.
+    """
+    if wanted.use_micro_world not in MICRO_WORLD_CHOICES:
+        raise ConfigError(f"USE_MICRO_WORLD = {wanted.use_micro_world!r}: is not one of {', '.join(MICRO_WORLD_CHOICES)}.")
+    if wanted.use_micro_world == "auto" and gpu and not hub:
+        raise ConfigError(
+            "There is a GPU, but the model hub cannot be reached, so the Qwen models cannot be loaded. Turn the network on "
+            "(or check a proxy and HF_HUB_OFFLINE) and run this cell again; or set USE_MICRO_WORLD = 'yes', which needs no hub. "
+            "Where your models and data lie in folders here, set USE_MICRO_WORLD = 'no'."
+        )
+    micro = wanted.use_micro_world == "yes" or (wanted.use_micro_world == "auto" and not gpu)
+    reason = _reason(gpu, hub, wanted.use_micro_world)
+    return _micro(wanted, reason) if micro else _qwen(wanted, gpu, reason)
+
+
+def _reason(gpu: bool, hub: bool, asked: str) -> str:
+    if asked != "auto":
+        return f"USE_MICRO_WORLD = {asked!r}"
+    if gpu:
+        return "a GPU is there, and the hub answers"
+    return "no GPU is there, and on a CPU a teacher of 7B takes hours" if hub else "no GPU is there, and the hub cannot be reached"
+
+
+def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
+    rows = (None, wanted.rows_system2) if wanted.full_run else (SHORT["rows_system1"], min(wanted.rows_system2, SHORT["rows_system2"]))
+    epochs = [number if wanted.full_run else min(number, SHORT["epochs"]) for number in (wanted.epochs_system1, wanted.epochs_system2)]
+    windows = {name: getattr(wanted, name) for name in ("rv_min", "rv_max", "cd_min", "cd_max", "long_share")}
+    notes = [f"Models of the form ({reason}): {wanted.teacher_model} → {wanted.student_system1}, {wanted.student_system2}"]
+    if not wanted.full_run:
+        notes.append(f"Short run: at most {rows[0]} and {rows[1]} rows, {SHORT['epochs']} epoch. FULL_RUN = True takes the form's numbers.")
+    if not gpu:
+        notes.append("Without a GPU this takes hours. USE_MICRO_WORLD = 'yes' shows every step in minutes.")
+    prompts = list(wanted.compare_prompts) or ["What is 17 + 25?"]
+    return Choice(
+        data_system1={"slice_str": wanted.slice_system1, "rows": rows[0], **_relabelling(wanted, wanted.teacher_model)},
+        data_system2={"slice_str": wanted.slice_system2, "rows": rows[1], **windows, "student_model": wanted.student_system2},
+        system1=_settings("system1", wanted.teacher_model, wanted.student_system1) | {"num_epochs": epochs[0]},
+        system2=_settings("system2", wanted.teacher_model, wanted.student_system2) | {"num_epochs": epochs[1]},
+        compare={"prompts": prompts, "teacher_path": wanted.teacher_model},
+        questions=dict.fromkeys(("system1", "system2"), prompts[0] if isinstance(prompts[0], str) else prompts[0]["prompt"]),
+        notes=tuple(notes),
+    )
+
+
+def _micro(wanted: Wanted, reason: str) -> Choice:
+    """The micro world in place of every name of the form; its presets hold the rest."""
+    names = {name: str(MICRO / name) for name in ("teacher", "student_system1", "student_system2")}
+    sources = {name: str(MICRO / f"{name}.parquet") for name in ("distilqwen", "omnithought")}
+    slices = MICRO_SLICES[wanted.full_run]
+    student2, prompts = names["student_system2"], micro_prompts()
+    return Choice(
+        data_system1={"slice_str": slices[0], "source": sources["distilqwen"], **_relabelling(wanted, names["teacher"])},
+        data_system2={"slice_str": slices[1], "source": sources["omnithought"], "rows": None, "student_model": student2, "max_length": 256},
+        system1=_settings("micro_system1", names["teacher"], names["student_system1"]),
+        system2=_settings("micro_system2", names["teacher"], student2),
+        compare={"prompts": prompts, "teacher_path": names["teacher"]},
+        questions={mode: next(one["prompt"] for one in prompts if mode in one["modes"]) for mode in ("system1", "system2")},
+        notes=tuple(_micro_notes(wanted, reason, names, sources)),
+    )
+
+
+def _micro_notes(wanted: Wanted, reason: str, names: dict, sources: dict) -> list[str]:
+    replaced = [
+        (wanted.teacher_model, names["teacher"]),
+        (wanted.student_system1, names["student_system1"]),
+        (wanted.student_system2, names["student_system2"]),
+        (DISTILQWEN, sources["distilqwen"]),
+        (OMNITHOUGHT, sources["omnithought"]),
+    ]
+    return [
+        f"The micro world is used ({reason}): models of a few million weights that ship with the lab, on tasks made for them.",
+        *[f"  {theirs}  →  {store.shown(ours)}" for theirs, ours in replaced],
+        f"  The form's {MICRO_FIELDS} are for the Qwen models; here the micro world's own stand in their place.",
+    ]
+
+
+def _settings(preset: str, teacher: str, student: str) -> dict:
+    return {"preset": preset, "teacher_model": teacher, "student_model": student}
+
+
+def _relabelling(wanted: Wanted, teacher: str) -> dict:
+    return {"relabel_with_teacher": True, "teacher_model": teacher} if wanted.relabel_with_teacher else {}
+
+
+def micro_prompts(a_system: int = 3) -> list[dict]:
+    """Held-out questions, the first of each family: of System 1's asked plainly, of System 2's in both ways."""
+    chosen = {}
+    for row in store.read_rows(MICRO / "heldout.jsonl"):
+        chosen.setdefault(row["family"], row["instruction"])
+    plain = [{"prompt": chosen[family], "modes": ["system1"]} for family in islice(SYSTEM1_FAMILIES, a_system)]
+    return plain + [{"prompt": chosen[family], "modes": ["system1", "system2"]} for family in islice(SYSTEM2_FAMILIES, a_system)]

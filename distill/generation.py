@@ -1,0 +1,154 @@
+"""Ask a loaded model: questions in batches, each answered until its end of turn."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from . import prompt
+
+MAX_NEW_TOKENS = {"system1": 256, "system2": 1024}
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Ids that end an answer: the chat template's and the tokenizer's (`prompt.stop_ids`), then the model's own others."""
+    own = model.generation_config.eos_token_id
+    own = [own] if isinstance(own, int) else own or []
+    stops = prompt.stop_ids(tokenizer)
+    return stops + [token for token in own if token not in stops]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer.
+
+    text     without the end of turn
+    tokens   its length
+    stopped  whether it ended by itself
+    seconds  from the start of its batch to its last token
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+    seconds: float
+
+
+def generate(
+    model,
+    tokenizer,
+    asked: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    batch_tokens: int = 16_384,
+    finished: Callable[[dict[int, Answer]], None] = lambda answers: None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """Answer many questions in batches, each until its end of turn; answers come in the order of the questions.
+
+    asked           token ids of each question (`prompt.asked_ids`)
+    max_new_tokens  limit of an answer, in tokens
+    temperature     0 is greedy; above, tokens are sampled, reproducibly by `seed`
+    top_p           when sampling: the smallest set of tokens that holds this share of the probability, 0 to 1
+    batch_size      questions a batch; None fills a batch by `batch_tokens`
+    batch_tokens    a batch holds as many questions as fit, each counted as the batch's longest plus `max_new_tokens`
+    finished        called after each batch with its answers by question number
+    on_text         called with an answer's text as it grows; for one question at a time
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    torch.manual_seed(seed)
+    stops = stop_ids(model, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature else {"do_sample": False}
+    # a whole configuration of its own: the model's may sample, penalise repetition or stop elsewhere
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling)
+    answers: list[Answer | None] = [None] * len(asked)
+    for batch in _batches([len(ids) for ids in asked], max_new_tokens, batch_tokens, batch_size):
+        inputs = _left_padded([asked[number] for number in batch], tokenizer.pad_token_id, model.device)
+        clock = _clock(stops, len(batch))
+        with torch.inference_mode():
+            made = model.generate(
+                **inputs, generation_config=settings, stopping_criteria=[clock], streamer=on_text and _streamer(tokenizer, stops, on_text)
+            )
+        new = made[:, inputs["input_ids"].shape[1] :].tolist()
+        done = {number: _answer(tokenizer, ids, stops, clock.ended(row)) for row, (number, ids) in enumerate(zip(batch, new, strict=True))}
+        for number, answer in done.items():
+            answers[number] = answer
+        finished(done)
+    return answers
+
+
+def _clock(stops: list[int], rows: int):
+    """A stopping criterion that stops nothing and notes when each answer of a batch ended."""
+    import torch
+    from transformers import StoppingCriteria
+
+    class Clock(StoppingCriteria):
+        started = time.perf_counter()
+        seconds: dict[int, float] = {}
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.latest = time.perf_counter() - self.started
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                if token in stops:
+                    self.seconds.setdefault(row, self.latest)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        def ended(self, row: int) -> float:
+            return self.seconds.get(row, self.latest)
+
+    return Clock()
+
+
+def _streamer(tokenizer, stops: list[int], on_text: Callable[[str], None]):
+    """Pass an answer's text on, word by word, without the question and without its end of turn."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def put(self, value):
+            if value.dim() > 1 or value.tolist()[-1] not in stops:
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True)
+
+
+def infer_student(model, tokenizer, prompt_text: str, mode: str = "system1", max_new_tokens: int | None = None) -> str:
+    """A student's answer to a raw question, which is put into the chat template here and nowhere else.
+
+    mode            "system1" asks plainly, "system2" asks for reasoning first
+    max_new_tokens  limit of the answer; None takes MAX_NEW_TOKENS of the mode
+    """
+    asked = prompt.asked_ids(tokenizer, prompt_text, mode=mode)
+    (answer,) = generate(model, tokenizer, [asked], max_new_tokens or MAX_NEW_TOKENS[mode])
+    return answer.text
+
+
+def _batches(lengths: list[int], max_new_tokens: int, batch_tokens: int, batch_size: int | None) -> Iterator[list[int]]:
+    """Row numbers in batches, longest first, so that a batch wastes little padding and the largest need shows at once."""
+    waiting = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    while waiting:
+        size = batch_size or max(1, batch_tokens // (lengths[waiting[0]] + max_new_tokens))
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _left_padded(rows: list[list[int]], pad_id: int, device) -> dict:
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _answer(tokenizer, ids: list[int], stops: list[int], seconds: float) -> Answer:
+    length = next((place for place, token in enumerate(ids) if token in stops), None)
+    kept = ids[:length]
+    return Answer(tokenizer.decode(kept, skip_special_tokens=False), len(kept), length is not None, seconds)

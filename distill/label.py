@@ -1,0 +1,215 @@
+"""Answers of a teacher as labels: batches in a subprocess, each answer on disk as it comes, continued where an interruption left it.
+
+Answers are kept in a *journal*, `runs/labels/<key>.jsonl`. Its key hashes what decides an answer besides the question (the teacher's
+files, bits, mode, limits, sampling), so that the same request never asks twice and another one never takes its answers.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import models, store
+from .answers import answer_all, ask
+from .config import is_hub_name, model_name
+from .console import say
+from .errors import ConfigError, DataError, shortened
+from .prompt import MODES, chat_format, row_id, tokenizer_hash
+
+CUT_OFF, EMPTY = "an answer cut off at max_new_tokens", "an empty answer"
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """What labelling gave.
+
+    rows     the rows with the teacher's answers as "output" and its name as "teacher", in their order
+    dropped  reason → rows
+    reused   answers that an earlier run had given already
+    """
+
+    rows: list[dict]
+    dropped: dict
+    reused: int
+
+
+def label_with_teacher(
+    teacher_model,
+    teacher_tokenizer,
+    items: list,
+    batch_size: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    mode: str = "system1",
+) -> list[dict]:
+    """The teacher's answers to a list of questions; those cut off or empty are dropped, and said.
+
+    teacher_model      a loaded model (then with its `teacher_tokenizer`), or a name or folder, which is loaded in 8-bit in a subprocess
+    items              questions: rows {"instruction"} and, where wanted, "input" and "id"; or plain texts
+    batch_size         questions a batch; None fills batches by a budget of tokens
+    max_new_tokens     limit of an answer, in tokens
+    temperature, top_p 0 is greedy; above, sampled
+    mode               "system1" asks plainly, "system2" asks for reasoning first
+    Returns the rows with "output" and "teacher". A second call with the same teacher and settings asks only what is not answered yet.
+    Raises ConfigError `Invalid teacher model: …`, DataError for items that are no questions.
+
+    One item in: "Is 1234 even or odd?"
+    One row out: {"id": "…", "instruction": "Is 1234 even or odd?", "output": "even", "teacher": "data/micro/teacher"}
+    """
+    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size}
+    return label_rows(rows_of(items), teacher_of(teacher_model, teacher_tokenizer), mode=mode, **limits).rows
+
+
+def rows_of(items: list) -> list[dict]:
+    """Items as rows with an id each. Raises DataError that names the first item that is no question."""
+    rows = []
+    for number, item in enumerate(items):
+        row = {"instruction": item} if isinstance(item, str) else item
+        text = row.get("instruction") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"item {number} is no question: give a text, or a row with an instruction. It is {shortened(item, 80)}.")
+        rows.append({"id": _key(row), **row})
+    return rows
+
+
+class _Named:
+    """A teacher by name: its files say who it is, a subprocess loads it."""
+
+    def __init__(self, name: str, bits: int) -> None:
+        self.path, self.bits = model_name(name), bits
+        chat_format(models.check_model(self.path, "teacher"), "system1")
+
+    @property
+    def name(self) -> str:
+        return self.path if is_hub_name(self.path) else store.shown(self.path)
+
+    def identity(self) -> list:
+        return [models.fingerprint(self.path), self.bits]
+
+    def answer(self, request: dict) -> None:
+        teacher = {"name": "teacher", "role": "teacher", "path": self.path, "bits": self.bits}
+        ask([{**teacher, **request}], store.ROOT / "runs" / "labels", "Labelling")
+
+
+class _Loaded:
+    """A teacher that is loaded already: what it answers to a probe says who it is, whatever its name."""
+
+    def __init__(self, model, tokenizer) -> None:
+        chat_format(tokenizer, "system1")
+        self.model, self.tokenizer = model, tokenizer
+        self.name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+    def identity(self) -> list:
+        return [models.probe(self.model), tokenizer_hash(self.tokenizer)]
+
+    def answer(self, request: dict) -> None:
+        names = [question["id"] for question in request["questions"]]
+
+        def finished(answers: dict) -> None:
+            for number, answer in answers.items():
+                store.append_json_line(request["journal"], {"id": names[number], **vars(answer)})
+
+        answer_all(self.model, self.tokenizer, request, finished)
+
+
+def teacher_of(model, tokenizer=None, bits: int = 8):
+    """A teacher to label with, checked: a name or folder, loaded in `bits` in a subprocess; or a loaded model with its tokenizer."""
+    if isinstance(model, str | Path):
+        return _Named(str(model), bits)
+    if tokenizer is None:
+        raise ConfigError("A loaded teacher_model needs its teacher_tokenizer.")
+    return _Loaded(model, tokenizer)
+
+
+def label_rows(
+    rows: list[dict],
+    teacher,
+    *,
+    mode: str = "system1",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Labeled:
+    """`label_with_teacher` by a `teacher_of`; says what was dropped, and what an earlier run had answered already."""
+    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size, "seed": seed}
+    _check(mode, limits)
+    decisive = {key: value for key, value in limits.items() if key != "batch_size"}
+    journal = store.ROOT / "runs" / "labels" / f"{store.hash_json([teacher.identity(), mode, decisive])[:24]}.jsonl"
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    asked = {_key(row): row for row in rows}
+    with store.lock(journal):
+        known = {entry["id"] for entry in store.read_journal(journal)}
+        waiting = [_question(key, row, mode) for key, row in asked.items() if key not in known]
+        if waiting:
+            sampling = {key: value for key, value in limits.items() if key != "max_new_tokens" and value is not None}
+            teacher.answer({"questions": waiting, "journal": str(journal), "max_new_tokens": {mode: max_new_tokens}, **sampling})
+        answers = {entry["id"]: entry for entry in store.read_journal(journal)}
+    labeled = _kept(rows, answers, teacher.name, reused=sum(key in known for key in asked))
+    say(f"labelled {len(labeled.rows):,} of {len(rows):,} rows by {teacher.name} ({labeled.reused:,} answered before)")
+    for reason, count in labeled.dropped.items():
+        say(f"  dropped {count:,}: {reason}")
+    return labeled
+
+
+def _key(row: dict) -> str:
+    """What the journal calls a row: by its question, whatever its own id."""
+    return row_id(row["instruction"], row.get("input") or "")
+
+
+def _question(key: str, row: dict, mode: str) -> dict:
+    return {"id": key, "instruction": row["instruction"], "input": row.get("input") or "", "mode": mode}
+
+
+def _kept(rows: list[dict], answers: dict, teacher: str, reused: int) -> Labeled:
+    kept, dropped = [], Counter()
+    for row in rows:
+        answer = answers[_key(row)]
+        reason = CUT_OFF if not answer["stopped"] else EMPTY if not answer["text"].strip() else None
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append({**row, "output": answer["text"].strip(), "teacher": teacher})
+    return Labeled(kept, dict(dropped), reused)
+
+
+def _check(mode: str, limits: dict) -> None:
+    problems = [] if mode in MODES else [f"mode = {mode!r}: is not one of {', '.join(MODES)}."]
+    for key in ("max_new_tokens", "batch_size"):
+        value = limits[key]
+        if not (value is None and key == "batch_size") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problems.append(f"{key} = {value!r}: give a whole number above 0.")
+    for key, high in (("temperature", 10), ("top_p", 1)):
+        value = limits[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or (key == "top_p" and not value):
+            problems.append(f"{key} = {value!r}: lies outside 0 to {high}.")
+    if problems:
+        raise ConfigError.from_problems("the labelling", problems)
+
+
+def label_file(source: str | Path, teacher: str, out: str | Path, *, bits: int = 8, **settings) -> Labeled:
+    """Label a file of rows, and its validation rows where there are some; write `out` and its validation file whole.
+
+    source    JSON list or JSON lines of rows {"instruction"}; an "output" that stands there is replaced
+    teacher   its name or folder; bits: those it is loaded in
+    settings  those of `label_rows`
+    Raises DataError where no row gets a label; then nothing is written.
+    """
+    source, out = store.resolve(source), store.resolve(out)
+    store.check_writable(out)
+    split = store.validation_path(source)
+    places = {source: out} | ({split: store.validation_path(out)} if store.is_file(split) else {})
+    rows = {place: rows_of(list(store.read_rows(place))) for place in places}
+    labeled = label_rows([row for part in rows.values() for row in part], teacher_of(teacher, bits=bits), **settings)
+    given = {_key(row): {name: row[name] for name in ("output", "teacher")} for row in labeled.rows}
+    parts = {place: [{**row, **given[_key(row)]} for row in part if _key(row) in given] for place, part in rows.items()}
+    if not parts[source]:
+        raise DataError(f"No row of {store.shown(source)} has a label: {labeled.dropped}. Raise max_new_tokens.")
+    for place in reversed(places):  # the companion first, the manifest that binds them last
+        store.write_rows(places[place], parts[place])
+    facts = {"teacher": teacher, "bits": bits, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **settings}
+    store.write_manifest(out, facts, files=list(places.values()))
+    say(f"  {store.shown(out)}")
+    return labeled

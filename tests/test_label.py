@@ -1,0 +1,367 @@
+"""Teacher labelling for real: 8-bit and 4-bit loading, batches, the journal that survives a kill, and every bad input."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distill import answers, generation, label, models, store
+from distill.data import prepare_system1_dataset
+from distill.errors import BackendError, ConfigError, DataError
+from distill.prompt import asked_ids
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def teacher(micro):
+    return str(micro / "teacher")
+
+
+@pytest.fixture(scope="module")
+def plain_questions(heldout):
+    return [row for row in heldout if row["system"] == 1][::40]
+
+
+def journals(project: Path) -> list[Path]:
+    return sorted((project / "runs" / "labels").glob("*.jsonl"))
+
+
+def ids_in(journal: Path) -> list[str]:
+    return [entry["id"] for entry in store.read_journal(journal)]
+
+
+# Loading
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt"), (16, "Linear"), (32, "Linear")])
+def test_a_teacher_is_loaded_in_as_many_bits_as_asked(bits, kind, teacher):
+    model, tokenizer = models.load_teacher(teacher, bits=bits)
+    assert type(model.model.layers[0].mlp.down_proj).__name__ == kind
+    assert not model.training and tokenizer.chat_template
+
+
+def test_fewer_bits_take_fewer_bytes(teacher):
+    sizes = [models.load_teacher(teacher, bits=bits)[0].get_memory_footprint() for bits in (4, 8, 16, 32)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[1] < 0.6 * sizes[2]
+
+
+@pytest.mark.parametrize(("bits", "least"), [(16, 0.97), (8, 0.97), (4, 0.9)])
+def test_a_quantized_teacher_answers_nearly_as_in_fp32(bits, least, teacher, heldout):
+    asked = [{"instruction": row["instruction"], "mode": f"system{row['system']}"} for row in heldout[::10]]
+    request = {"questions": asked, "max_new_tokens": {"system1": 12, "system2": 120}}
+    full, quantized = (answers.answer_all(*models.load_teacher(teacher, bits=width), request)["answers"] for width in (32, bits))
+    same = sum(left["text"] == right["text"] for left, right in zip(full, quantized, strict=True))
+    assert same >= least * len(asked)
+
+
+def test_other_bits_are_refused(teacher):
+    with pytest.raises(ConfigError, match="bits = 3: is not one of 4, 8, 16, 32"):
+        models.load_teacher(teacher, bits=3)
+
+
+def test_a_teacher_that_is_not_there_is_named_as_a_teacher(project):
+    with pytest.raises(ConfigError, match=r"^Invalid teacher model: .*nowhere.*Example: Qwen/Qwen2.5-7B-Instruct"):
+        label.label_with_teacher("./no/such/nowhere", None, ["?"])
+    assert not any(project.iterdir())
+
+
+def test_a_teacher_without_a_chat_template_is_refused_before_it_is_loaded(tmp_path, teacher, project):
+    folder = tmp_path / "base"
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    for call in (lambda: models.load_teacher(str(folder)), lambda: label.label_with_teacher(str(folder), None, ["?"])):
+        with pytest.raises(ConfigError, match="has no chat template"):
+            call()
+    assert not any(project.iterdir())
+
+
+# Answers
+
+
+def test_seconds_and_stops_are_those_of_each_answer(teacher):
+    model, tokenizer = models.load_teacher(teacher, bits=32)
+    asked = [asked_ids(tokenizer, "Tell me the parity of 4322."), asked_ids(tokenizer, "What is 347 + 285?", mode="system2")]
+    short, long = generation.generate(model, tokenizer, asked, 200)
+    assert short.stopped and long.stopped and short.tokens < long.tokens and 0 < short.seconds < long.seconds
+    (cut,) = generation.generate(model, tokenizer, asked[1:], 5)
+    assert not cut.stopped and cut.tokens == 5
+
+
+def test_a_streamed_answer_is_the_whole_answer(teacher):
+    model, tokenizer = models.load_teacher(teacher, bits=32)
+    seen = []
+    asked = asked_ids(tokenizer, "What is 347 + 285?", mode="system2")
+    (answer,) = generation.generate(model, tokenizer, [asked], 200, on_text=seen.append)
+    assert "".join(seen) == answer.text and len(seen) > 3
+
+
+def test_infer_student_takes_the_raw_question(teacher):
+    model, tokenizer = models.load_student(teacher)
+    assert generation.infer_student(model, tokenizer, "Tell me the parity of 4322.") == "even"
+    assert generation.infer_student(model, tokenizer, "What is 347 + 285?", mode="system2").endswith("</think>\n\n632")
+    assert generation.infer_student(model, tokenizer, "What is 347 + 285?", mode="system2", max_new_tokens=3).count("\n") < 3
+
+
+def test_models_are_asked_in_one_subprocess_and_say_what_they_are(teacher, micro, tmp_path):
+    questions = [{"instruction": "Tell me the parity of 4322.", "mode": "system1"}, {"instruction": "Add 100 and 5.", "mode": "system2"}]
+    request = {"questions": questions, "max_new_tokens": {"system1": 12, "system2": 100}}
+    requests = [
+        {"name": "a", "path": teacher, "bits": 8, **request},
+        {"name": "b", "path": str(micro / "student_system1"), "bits": 32, **request},
+    ]
+    made = answers.ask(requests, tmp_path / "run")
+    assert list(made) == ["a", "b"] and made["a"]["parameters"] > made["b"]["parameters"]
+    assert made["a"]["weight_bytes"] < made["b"]["weight_bytes"] and made["a"]["device"] == "cpu" and made["a"]["load_seconds"] > 0
+    assert made["a"]["answers"][0]["text"] == "even" and len(made["b"]["answers"]) == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["answers.log"]
+
+
+def test_a_model_that_fails_is_an_error_with_the_log(tmp_path):
+    request = {
+        "name": "x",
+        "role": "teacher",
+        "path": str(tmp_path / "none"),
+        "bits": 8,
+        "questions": [{"instruction": "?", "mode": "system1"}],
+    }
+    with pytest.raises(BackendError, match="Invalid teacher model"):
+        answers.ask([{**request, "max_new_tokens": {"system1": 1}}], tmp_path / "run")
+
+
+# Labels and their journal
+
+
+def test_labels_are_the_teachers_answers_in_order(project, teacher, plain_questions):
+    rows = label.label_with_teacher(teacher, None, [row["instruction"] for row in plain_questions], max_new_tokens=12)
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in plain_questions]
+    assert sum(row["output"] == question["answer"] for row, question in zip(rows, plain_questions, strict=True)) >= 0.95 * len(rows)
+    assert {row["teacher"] for row in rows} == {teacher}
+
+
+def test_a_loaded_teacher_gives_the_same_labels(project, teacher, plain_questions):
+    items = [{"instruction": row["instruction"], "note": number} for number, row in enumerate(plain_questions)]
+    model, tokenizer = models.load_teacher(teacher, bits=32)
+    rows = label.label_with_teacher(model, tokenizer, items, max_new_tokens=12)
+    again = label.label_rows(label.rows_of(items), label.teacher_of(teacher, bits=32), max_new_tokens=12)
+    assert [row["output"] for row in rows] == [row["output"] for row in again.rows] and again.reused == 0
+    assert [row["note"] for row in rows] == list(range(len(items)))
+
+
+def test_a_row_is_known_by_its_question_not_by_the_id_it_brings(project, teacher):
+    model, tokenizer = models.load_student(teacher)
+    items = [{"id": 7, "instruction": "Tell me the parity of 4322."}, {"id": 7, "instruction": "Tell me the parity of 4323."}]
+    rows = label.label_with_teacher(model, tokenizer, items, max_new_tokens=12)
+    assert [(row["id"], row["output"]) for row in rows] == [(7, "even"), (7, "odd")]
+
+
+def test_a_second_run_asks_only_what_is_new(project, teacher, plain_questions):
+    rows = label.rows_of([row["instruction"] for row in plain_questions])
+    first = label.label_rows(rows[:5], label.teacher_of(teacher), max_new_tokens=12)
+    second = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    third = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    assert (first.reused, second.reused, third.reused) == (0, 5, len(rows))
+    assert second.rows == third.rows
+    (journal,) = journals(project)
+    assert sorted(ids_in(journal)) == sorted(row["id"] for row in rows)
+
+
+def test_another_request_never_takes_the_answers_of_this_one(project, teacher):
+    model, tokenizer = models.load_student(teacher)
+    settings = {"max_new_tokens": 12, "mode": "system1", "temperature": 0.0, "top_p": 1.0}
+    changes = [{}, {"max_new_tokens": 13}, {"mode": "system2"}, {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.9}, {}]
+    for count, change in enumerate(changes, start=1):
+        label.label_with_teacher(model, tokenizer, ["Tell me the parity of 4322."], **settings | change)
+        assert len(journals(project)) == min(count, len(changes) - 1)
+    assert [len(ids_in(journal)) for journal in journals(project)] == [1] * (len(changes) - 1)
+
+
+def test_other_bits_or_other_files_are_another_teacher(teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "copy")
+    same = label._Named(str(tmp_path / "copy"), 8).identity()
+    assert same == label._Named(teacher, 8).identity() != label._Named(teacher, 4).identity()
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert label._Named(str(tmp_path / "copy"), 8).identity() != same
+
+
+def test_changed_weights_are_another_teacher(project, teacher):
+    import torch
+
+    model, tokenizer = models.load_student(teacher)
+    before = models.probe(model)
+    label.label_with_teacher(model, tokenizer, ["Tell me the parity of 4322."], max_new_tokens=12)
+    with torch.no_grad():
+        model.model.norm.weight *= 2
+    assert models.probe(model) != before
+    label.label_with_teacher(model, tokenizer, ["Tell me the parity of 4322."], max_new_tokens=12)
+    assert len(journals(project)) == 2
+
+
+def test_cut_off_and_empty_answers_are_dropped_and_counted(project, teacher, capsys):
+    rows = label.rows_of(["Write backwards the letters TNIG.", "Tell me the parity of 4322."])
+    labeled = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=2)
+    assert [row["output"] for row in labeled.rows] == ["even"] and labeled.dropped == {label.CUT_OFF: 1}
+    assert "dropped 1: an answer cut off at max_new_tokens" in capsys.readouterr().out
+    kept = label._kept(rows, {label._key(row): {"stopped": True, "text": " \n"} for row in rows}, "t", 0)
+    assert not kept.rows and kept.dropped == {label.EMPTY: 2}
+
+
+def test_a_line_that_a_kill_cut_short_is_taken_off_the_journal(tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    store.append_json_line(journal, {"id": 1})
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"id": 2, "te')
+    assert store.read_journal(journal) == [{"id": 1}] and journal.read_bytes() == whole
+    store.append_json_line(journal, {"id": 2})
+    assert store.read_journal(journal) == [{"id": 1}, {"id": 2}]
+    journal.write_bytes(b"hello\n")
+    with pytest.raises(DataError, match="no journal of the lab"):
+        store.read_journal(journal)
+
+
+def test_a_killed_labelling_goes_on_and_every_id_is_there_once(project, teacher, heldout, start_python):
+    """SIGKILL to the lab in the middle: its engine ends too, what was answered stays, the second run asks the rest."""
+    store.write_rows(project / "rows.json", [{"instruction": row["instruction"]} for row in heldout if row["system"] == 1])
+    code = (
+        "from distill.label import label_file\nlabel_file('rows.json', sys.argv[1], 'out.json', bits=32, max_new_tokens=12, batch_size=2)"
+    )
+    process = start_python(code, teacher)
+    end = time.monotonic() + 90
+    while not (journals(project) and len(ids_in(journals(project)[0])) >= 20):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    gone, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive and not (project / "out.json").exists()
+    (journal,) = journals(project)
+    stood = ids_in(journal)
+    labeled = label.label_file("rows.json", teacher, "out.json", bits=32, max_new_tokens=12)
+    assert 20 <= len(stood) < 1400 and labeled.reused == len(stood)
+    ids = ids_in(journal)
+    assert ids[: len(stood)] == stood and len(ids) == len(set(ids)) == 1400
+    written = list(store.read_rows(project / "out.json"))
+    assert len(written) == 1400 and len({row["id"] for row in written}) == 1400 and store.read_manifest(project / "out.json")
+
+
+def test_a_file_is_labelled_with_its_validation_rows(project, teacher):
+    store.write_rows(project / "rows.json", [{"instruction": "Tell me the parity of 4322.", "output": "no idea", "source": "mine"}])
+    store.write_rows(project / "rows_validation.json", [{"instruction": "Tell me the parity of 4323."}])
+    label.label_file("rows.json", teacher, "labeled.json", max_new_tokens=12)
+    (row,) = store.read_rows(project / "labeled.json")
+    assert (row["output"], row["source"], row["teacher"]) == ("even", "mine", teacher)
+    assert [row["output"] for row in store.read_rows(project / "labeled_validation.json")] == ["odd"]
+    assert store.read_manifest(project / "labeled.json")["teacher"] == teacher
+
+
+def test_where_no_row_gets_a_label_nothing_is_written(project, teacher):
+    store.write_rows(project / "rows.json", [{"instruction": "Write backwards the letters TNIG."}])
+    with pytest.raises(DataError, match="Raise max_new_tokens"):
+        label.label_file("rows.json", teacher, "labeled.json", max_new_tokens=1)
+    assert not (project / "labeled.json").exists()
+
+
+# Relabelling at preparation
+
+
+@pytest.fixture(scope="module")
+def loaded(teacher):
+    return dict(zip(("teacher_model", "teacher_tokenizer"), models.load_student(teacher), strict=True))
+
+
+def prepare(project, rows, **settings) -> tuple:
+    store.write_rows(project / "mine.json", rows)
+    prepared = prepare_system1_dataset("train", source="mine.json", validation=0, **settings)
+    return prepared, list(store.read_rows(prepared.path))
+
+
+def test_rows_without_labels_are_prepared_when_the_teacher_labels_them(project, loaded):
+    rows = [{"instruction": f"Tell me the parity of {number}."} for number in range(4320, 4326)]
+    prepared, written = prepare(project, rows, relabel_with_teacher=True, **loaded)
+    assert [row["output"] for row in written] == ["even", "odd"] * 3 and prepared.kept == 6
+    assert prepared.teachers == {loaded["teacher_model"].name_or_path: 6}
+    assert "output" not in next(store.read_rows(prepared.instructions_path))
+
+
+def test_a_part_of_the_rows_is_relabelled_the_rest_keeps_its_labels(project, loaded):
+    rows = [{"instruction": f"Tell me the parity of {number}.", "output": "who knows"} for number in range(4320, 4324)]
+    prepared, written = prepare(project, rows, relabel_with_teacher=2, **loaded)
+    assert [row["output"] for row in written] == ["even", "odd", "who knows", "who knows"]
+    assert sorted(prepared.teachers.values()) == [2, 2] and "whoever wrote mine.json" in str(prepared)
+
+
+def test_rows_whose_label_is_cut_off_are_dropped_and_counted(project, loaded, monkeypatch):
+    monkeypatch.setattr("distill.data.label_rows", lambda rows, teacher: label.label_rows(rows, teacher, max_new_tokens=2))
+    rows = [{"instruction": "Tell me the parity of 4322."}, {"instruction": "Write backwards the letters TNIG."}]
+    prepared, written = prepare(project, rows, relabel_with_teacher=True, **loaded)
+    assert [row["output"] for row in written] == ["even"] and prepared.dropped == {label.CUT_OFF: 1} and prepared.read == 2
+
+
+def test_relabelling_needs_a_teacher_and_a_number_that_makes_sense(project):
+    store.write_rows(project / "mine.json", [{"instruction": "a", "output": "b"}])
+    for relabel, words in ((True, "needs a teacher_model"), (-1, "relabel_with_teacher = -1"), ("yes", "relabel_with_teacher = 'yes'")):
+        with pytest.raises(ConfigError, match=words):
+            prepare_system1_dataset("train", source="mine.json", relabel_with_teacher=relabel)
+    with pytest.raises(ConfigError, match="Invalid teacher model"):
+        prepare_system1_dataset("train", source="mine.json", relabel_with_teacher=True, teacher_model="./nobody")
+    assert [path.name for path in project.iterdir()] == ["mine.json"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ({"batch_size": True}, "batch_size = True"),
+        ({"temperature": -1}, "temperature = -1"),
+        ({"top_p": 0}, "top_p = 0"),
+        ({"mode": "system3"}, "mode = 'system3'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, words, project, teacher):
+    with pytest.raises(ConfigError, match=words):
+        label.label_with_teacher(teacher, None, ["?"], **settings)
+    assert not any(project.iterdir())
+
+
+@pytest.mark.parametrize("item", [3, "", {"question": "?"}, {"instruction": None}, None])
+def test_an_item_that_is_no_question_is_named(item, project, teacher):
+    with pytest.raises(DataError, match="item 1 is no question"):
+        label.label_with_teacher(teacher, None, ["fine", item])
+
+
+def test_a_loaded_teacher_needs_its_tokenizer(project):
+    with pytest.raises(ConfigError, match="needs its teacher_tokenizer"):
+        label.label_with_teacher(object(), None, ["?"])
+
+
+# Chat
+
+
+def test_chat_answers_each_line_as_the_checkpoint_was_trained(teacher):
+    done = subprocess.run(
+        [sys.executable, "distill_app.py", "chat", teacher, "--mode", "system2"],
+        cwd=ROOT, input="What is 347 + 285?\n\nAdd 100 and 5.\n", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "7+5=12" in done.stdout and "\n632\n" in done.stdout and "tokens/s" in done.stdout
+
+
+def test_chat_takes_the_mode_from_the_checkpoints_record(small_run, capsys):
+    from distill.chat import chat
+
+    made = chat(small_run["checkpoint"], questions=["Tell me the parity of 4322."])
+    assert "system1 (as it was trained)" in capsys.readouterr().out
+    assert made[0]["question"] == "Tell me the parity of 4322." and made[0]["tokens"] > 0
+
+
+def test_chat_with_no_model_says_where_it_looked(tmp_path):
+    from distill.chat import chat
+
+    with pytest.raises(ConfigError, match=f"^Model not found at {tmp_path}"):
+        chat(str(tmp_path), questions=[])
