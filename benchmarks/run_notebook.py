@@ -53,8 +53,8 @@ def run(folder: Path, out: Path, fields: dict[str, str]) -> int:
         set_field(notebook, name, text)
     started, failed = time.monotonic(), None
     try:
-        client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}, on_cell_executed=Clock())
-        client.execute()
+        place = {"metadata": {"path": str(folder)}}
+        NotebookClient(notebook, timeout=CELL_SECONDS, resources=place, on_cell_executed=Clock()).execute()
     except CellExecutionError as error:
         failed = error
     save(notebook, out)

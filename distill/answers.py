@@ -26,8 +26,8 @@ PACKAGES = ("torch", "transformers", "tokenizers")
 def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[str, dict]:
     """Ask several models, each its own questions, in one subprocess.
 
-    requests    [{"name", "path", "bits", "questions", "max_new_tokens"}] and, where wanted, "role", "temperature", "top_p", "seed", "batch_size",
-                "journal"
+    requests    [{"name", "path", "bits", "questions", "max_new_tokens"}] and, where wanted, "role", "journal", "temperature", "top_p",
+                "seed", "batch_size", "batch_tokens" (`generation.generate`)
         bits            of a weight, 4, 8, 16 or 32
         role            "student" (the default) or "teacher": what a message calls the model
         questions       [{"instruction", "mode"}] and, where wanted, "input" and "id" (its name in the journal; its number otherwise)

@@ -12,7 +12,7 @@ from .traces import OMNITHOUGHT
 MICRO_WORLD_CHOICES = ("auto", "yes", "no")
 # A short run, to see every step within minutes; the full one takes the form's own numbers.
 SHORT = {"rows_system1": 200, "rows_system2": 100, "epochs": 1}
-MICRO_SLICES = {False: ("train[:3000]", "train[:1200]"), True: ("train", "train")}
+MICRO_SLICES = {False: ("train[:6000]", "train[:3000]"), True: ("train", "train")}
 MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
 
 
@@ -138,9 +138,11 @@ def _micro_notes(wanted: Wanted, reason: str, names: dict, sources: dict) -> lis
         (OMNITHOUGHT, sources["omnithought"]),
     ]
     return [
-        f"The micro world is used ({reason}): models of a few million weights that ship with the lab, on tasks made for them.",
+        f"The micro world is used ({reason}):",
+        "models of a million weights or so that ship with the lab, on tasks made for them.",
         *[f"  {theirs}  →  {store.shown(ours)}" for theirs, ours in replaced],
-        f"  The form's {MICRO_FIELDS} are for the Qwen models; here the micro world's own stand in their place.",
+        f"The form's {MICRO_FIELDS} are for the Qwen models;",
+        "here the micro world's own stand in their place.",
     ]
 
 

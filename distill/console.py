@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# in a notebook too as plain text: lines then follow one another in one output, where rich would make each an output of its own
-console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
 NOTEBOOK_COLUMNS = 110
 NOTEBOOK_SECONDS = 0.5  # between two drawings of a bar
 
@@ -24,6 +22,10 @@ def in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
+# in a notebook too as plain text: lines then follow one another in one output, where rich would make each an output of its own
+console = Console(highlight=False, soft_wrap=True, force_jupyter=False, width=NOTEBOOK_COLUMNS if in_notebook() else None)
+
+
 def use_stderr() -> None:
     """Send everything that is said to standard error, so that standard output holds a command's JSON alone."""
     console.stderr = True
@@ -32,6 +34,16 @@ def use_stderr() -> None:
 def say(text: str = "", end: str = "\n") -> None:
     """Print one plain line; text from data is never taken for markup."""
     console.print(text, markup=False, end=end)
+
+
+@contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Say nothing within the block, where that is wanted."""
+    console.quiet = wanted
+    try:
+        yield
+    finally:
+        console.quiet = False
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> None:

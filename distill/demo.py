@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import engine, store
 from .compare import compare_models
-from .console import say, table
+from .console import quiet, say, table
 from .data import prepare_system1_dataset, validation_path
 from .errors import DataError
 from .evaluate import final_answer, mean_exact_match, score
@@ -35,6 +35,8 @@ CONTROLS = {
 # learn (benchmarks/RESULTS.md). The control `bare_answers` learns as many as System 2 does.
 REASONING_ROWS = 1500
 RELABELED_ROWS = 1000
+BATCH_TOKENS = 65_536  # models this small have room for it
+STUDENT_TOKENS = 150  # of an answer of System 2; twice the longest that it is taught
 RV_MAX = 2  # students of this size learn from terse steps
 
 
@@ -121,7 +123,8 @@ def _jobs(labeled: Path, cot: Path, seed: int) -> dict[str, str]:
 def _job(name: str, write_config, preset: str, rows: Path, seed: int) -> str:
     say(f"\n{name}: {CONTROLS.get(name, 'the student')}")
     places = {"labeled_path": rows, "out_dir": WORK / name, "config_path": store.ROOT / "configs" / f"kd_micro_{name}.json"}
-    return write_config({"preset": preset, **places, "seed": seed})
+    with quiet(name in CONTROLS):  # its settings are its student's
+        return write_config({"preset": preset, **places, "seed": seed, "sample_answers": 0 if name in CONTROLS else 2})
 
 
 def _with_outputs(path: Path, name: str, change) -> Path:
@@ -182,10 +185,11 @@ def _report(checkpoints: dict, labeled: Path, seed: int) -> dict:
     }
     models = [{"name": "teacher", "path": TEACHER, "mode": None}]
     models += [{"name": name, "path": path, "mode": "system1"} for name, path in plainly.items()]
-    scores = score(models, MICRO / "heldout.jsonl", WORK, MAX_NEW_TOKENS)
+    scores = score(models, MICRO / "heldout.jsonl", WORK, MAX_NEW_TOKENS, BATCH_TOKENS)
     questions = WORK / "data" / "heldout_system2.jsonl"
     store.write_jsonl(questions, [row for row in store.read_rows(MICRO / "heldout.jsonl") if row["system"] == 2])
-    scores |= score([{"name": name, "path": path, "mode": "system2"} for name, path in reasoning.items()], questions, WORK, MAX_NEW_TOKENS)
+    models = [{"name": name, "path": path, "mode": "system2"} for name, path in reasoning.items()]
+    scores |= score(models, questions, WORK, {"system2": STUDENT_TOKENS}, BATCH_TOKENS)
     runs = {system: store.read_json(Path(checkpoints[system]) / "distill_run.json") for system in ("system1", "system2")}
     return {
         "teacher": scores["teacher"],
@@ -240,9 +244,7 @@ def _show(report: dict) -> None:
     _show_families("System 2", SYSTEM2_FAMILIES, columns, report, None)
     after, n = report["system2"]["after"], report["system2"]["after"]["reasoned"]["n"]
     share = system1["after"]["parameters"] / report["teacher"]["parameters"]
-    say(
-        f"Students have {share:.0%} of the teacher's parameters. Exact match kept of the teacher's: System 1 {retained(report):.1%} over its"
-    )
+    say(f"Students have {share:.0%} of the teacher's parameters. Of its exact match, System 1 keeps {retained(report):.1%} over its")
     say(f"{len(SYSTEM1_FAMILIES)} families, System 2 {retained(report, 'system2'):.1%} over its {len(SYSTEM2_FAMILIES)}.")
     say(f"System 2 lies {margin(report):.2f} above a student that learnt the same questions from bare answers. Of its {n} answers,")
     say(f"{after['reasoned']['value']:.1%} reason first and {after['stopped']['value']:.1%} stop by themselves.")

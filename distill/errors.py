@@ -41,5 +41,5 @@ def did_you_mean(name: str, known) -> str:
 
 def shortened(text, limit_chars: int = 200) -> str:
     """The beginning of a text, safe to print: one line, cut with a note of how much was left out."""
-    text = " ".join(str(text).split())
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))
     return text if len(text) <= limit_chars else f"{text[:limit_chars]}… ({len(text) - limit_chars:,} more characters)"

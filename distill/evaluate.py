@@ -63,17 +63,18 @@ def mean_exact_match(scores: dict, families: list[str]) -> float:
     return sum(scores["exact_match"][family]["value"] for family in families) / len(families)
 
 
-def score(models: list[dict], questions: str | Path, run_folder: Path, max_new_tokens: dict) -> dict:
+def score(models: list[dict], questions: str | Path, run_folder: Path, max_new_tokens: dict, batch_tokens: int = 16_384) -> dict:
     """Score models on a held-out file, in one subprocess, one model in memory at a time.
 
     models          [{"name", "path", "mode"}]; mode None asks each question as its system says, "system1" asks all plainly
     questions       JSON-lines file of questions
     max_new_tokens  mode → limit of an answer, in tokens
+    batch_tokens    tokens that a batch may come to; the more, the faster, as long as memory lasts
     Returns {name: {"parameters", "exact_match": {family: {"value", "n", "ci"}}, "reasoned", "stopped"}}; the last two are the shares of all
     answers that reason before they answer and that end by themselves. Raises BackendError with the end of the log.
     """
     rows = list(store.read_rows(questions))
-    same = {"bits": 32, "max_new_tokens": max_new_tokens}
+    same = {"bits": 32, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     requests = [{"name": model["name"], "path": model["path"], "questions": _asked(rows, model["mode"]), **same} for model in models]
     return {name: _scores(rows, made) for name, made in ask(requests, run_folder, "Scoring").items()}
 

@@ -5,7 +5,6 @@ files, bits, mode, limits, sampling), so that the same request never asks twice 
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 

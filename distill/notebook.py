@@ -8,10 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from urllib.request import urlopen
 
 from . import answers, environment, generation, models, prompt, store
 from .checkpoint import RUN_RECORD
@@ -47,6 +47,7 @@ def setup_lab() -> Machine:
 
     Raises BackendError where the engine's environment cannot be made.
     """
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's wish for ipywidgets, which the lab's own bars do without
     say(_take_token())
     found = environment.probe(environment.setup_engine())
     machine = Machine(found["gpu"], hub_answers(), found["versions"])
@@ -79,6 +80,8 @@ def _take_token() -> str:
 
 def hub_answers() -> bool:
     """Whether the model hub can be asked; a proxy's page in its place is no answer."""
+    from urllib.request import urlopen
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -245,10 +248,11 @@ class StudentAnswer:
         return f"{visible(self.question)}{thought}\n{visible(self.final)}\n({self.facts})"
 
     def _repr_html_(self) -> str:
-        texts = (self.question, self.reasoning, self.final)
-        question, thought, final = (f'<div dir="auto">{escape(visible(text))}</div>' for text in texts)
-        folded = f"<details open><summary>reasoning</summary>{thought}</details>" if self.reasoning else ""
-        return f'<div style="{LOOK}"><b>{question}</b>{folded}{final}<small style="opacity:.7">{self.facts}</small></div>'
+        question, thought, final = (escape(visible(text)) for text in (self.question, self.reasoning, self.final))
+        thought = f'<summary>reasoning</summary><div dir="auto" style="opacity:.75">{thought}</div>' if thought else ""
+        folded = f"<details open>{thought}</details>" if thought else ""
+        answer = f'<div dir="auto" style="font-size:120%;margin:4px 0">{final}</div>'
+        return f'<div style="{LOOK}"><b dir="auto">{question}</b>{folded}{answer}<small style="opacity:.7">{self.facts}</small></div>'
 
 
 def ask_student(path: str | Path, question: str, mode: str = "system1", max_new_tokens: int | None = None) -> StudentAnswer:

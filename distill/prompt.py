@@ -106,7 +106,8 @@ def text_ids(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
     ids: list[int] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         if start < end:
-            ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+            # verbose=False: a text longer than the model takes is no news, rows are measured
+            ids += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

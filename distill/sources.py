@@ -159,7 +159,7 @@ def _read_parquet(file: Path) -> Iterator[dict]:
     import pyarrow.parquet
 
     try:
-        # pre-buffering keeps every row group that was read; unbuffered, a whole one is held. Small batches, as a row of traces may be 250 kB
+        # pre-buffering keeps every row group that was read; unbuffered, one is held whole; a row of traces may have 250 kB, so few a batch
         with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as parquet:
             for batch in parquet.iter_batches(batch_size=64):
                 yield from batch.to_pylist()

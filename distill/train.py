@@ -55,7 +55,7 @@ def run(config_path: str | Path, run_folder: Path, reason: str) -> TrainResult:
         store.recover(out_dir)
         before = checkpoint.run_id(out_dir)
         try:
-            with progress("Training") as update:
+            with progress(out_dir.name) as update:
                 status = engine.run_module("distill.train", arguments, log, _progress(update))
         finally:
             store.recover(out_dir)
@@ -74,7 +74,7 @@ def _progress(update) -> Callable[[dict], None]:
         if "sample" in event:
             say(sample_line(event["sample"]))
             return
-        latest.update((name, event[key]) for key, name in (("loss", "loss"), ("eval_loss", "validation")) if key in event)
+        latest.update((name, event[key]) for key, name in (("loss", "loss"), ("eval_loss", "val")) if key in event)
         update(event["step"], total=event["steps"], note=", ".join(f"{name} {value:.3f}" for name, value in latest.items()))
 
     return show

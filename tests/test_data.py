@@ -600,6 +600,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     assert peaks[1] - peaks[0] < 40
 
 
+def test_a_parquet_file_is_read_in_memory_that_does_not_grow_with_it(project):
+    """What pyarrow holds at any time, over a file of 40 row groups of 1 MB each, is a few of them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    letters = random.Random(0)
+    texts = [letters.randbytes(5_000).hex() for _ in range(4_000)]
+    table = pyarrow.Table.from_pylist([{"instruction": str(number), "output": text} for number, text in enumerate(texts)])
+    pyarrow.parquet.write_table(table, project / "rows.parquet", row_group_size=100)
+    del table
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for row in stream(Source("rows.parquet", {}, 1.0, "train")):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        assert row["output"] == texts[int(row["instruction"])]
+    assert row["instruction"] == "3999" and most < 8_000_000
+
+
 # Labelled rows → tokens
 
 

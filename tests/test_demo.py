@@ -1,6 +1,7 @@
 """The demo: its controls are what they claim, scoring runs for real, and the whole reaches its targets (slow)."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,7 @@ def test_scores_come_from_a_subprocess_each_model_asked_in_its_mode(tmp_path, mi
     assert evaluate.mean_exact_match(scores["teacher"], SYSTEM1_FAMILIES + SYSTEM2_FAMILIES) > 0.9
     assert evaluate.mean_exact_match(scores["before"], SYSTEM1_FAMILIES) < 0.1
     assert evaluate.mean_exact_match(scores["teacher asked plainly"], SYSTEM2_FAMILIES) < 0.5
+    assert scores["teacher"]["reasoned"]["value"] == pytest.approx(0.3, abs=0.03) and scores["teacher"]["stopped"]["value"] > 0.97
     assert {score["n"] for score in scores["teacher"]["exact_match"].values()} == {5}
 
 
@@ -68,6 +70,12 @@ def test_the_demo_reaches_its_targets():
         name: evaluate.mean_exact_match(model, SYSTEM1_FAMILIES)
         for name, model in (*report["system1"].items(), *report["controls"].items())
     }
+    assert demo.retained(report, "system2") >= 0.95
+    assert demo.margin(report) >= 0.4
+    after = report["system2"]["after"]
+    assert after["reasoned"]["value"] >= 0.95 and after["stopped"]["value"] >= 0.98 and set(after["exact_match"]) == set(SYSTEM2_FAMILIES)
+    assert report["controls"]["truncated_traces"]["stopped"]["value"] < 0.5
+    assert set(report["train_seconds"]) == {"system1", "system2"} and set(report["controls"]) == set(demo.CONTROLS)
     chance = sum(report["chance"][family] for family in SYSTEM1_FAMILIES) / len(SYSTEM1_FAMILIES)
     assert mean["before"] <= 0.02
     assert abs(mean["shuffled_labels"] - chance) < 0.1
@@ -75,6 +83,75 @@ def test_the_demo_reaches_its_targets():
     assert evaluate.mean_exact_match(report["system1"]["after"], SYSTEM2_FAMILIES) < 0.35
 
 
-def test_the_demo_takes_every_instruction_row_and_a_fixed_number_of_the_others(tmp_path):
+def test_the_demo_takes_every_instruction_row_then_a_fixed_number_of_the_others(tmp_path):
     systems = [question_of(row["instruction"]).system for row in store.read_rows(demo._choose_rows(tmp_path / "rows.jsonl"))]
-    assert (systems.count(1), systems.count(2)) == (8400, demo.REASONING_ROWS)
+    assert systems == [1] * 8400 + [2] * demo.REASONING_ROWS and demo.RELABELED_ROWS < 8400
+
+
+def test_the_control_of_wrong_traces_offers_a_questions_wrong_ones_alone(tmp_path):
+    shipped = {row["question"]: row["reasoning"] for row in demo._read_parquet("omnithought.parquet")}
+    with_wrong = 0
+    for row in store.read_rows(demo._wrong_first(tmp_path / "wrong.jsonl")):
+        wrong = [trace for trace in shipped[row["question"]] if not trace["thought_correctness_verify"]]
+        assert [trace["full_response"] for trace in row["reasoning"]] == [
+            trace["full_response"] for trace in wrong or shipped[row["question"]]
+        ]
+        assert all(trace["thought_correctness_verify"] for trace in row["reasoning"])
+        with_wrong += bool(wrong)
+    assert 100 < with_wrong < 1000
+
+
+def test_the_control_of_truncated_traces_cuts_every_row_before_its_end(tmp_path, project, micro, tokenizer):
+    from distill import data, prompt
+    from distill.pipeline import write_system2_config
+
+    outputs = ["<think>\n7+5=12\n4+8+1=13\n3+2+1=6\n</think>\n\n632", "<think>\n1+1=2\n</think>\n\n2"]
+    rows = [{"instruction": "Add 347 and 285.", "output": output} for output in outputs]
+    for path in (tmp_path / "cot.json", tmp_path / "cot_validation.json"):
+        store.write_rows(path, rows)
+    places = {"cot_path": tmp_path / "cot.json", "out_dir": tmp_path / "out", "config_path": tmp_path / "job.json"}
+    job = write_system2_config({"preset": "micro_system2", "student_model": str(micro / "student_system2"), **places})
+    tokens = Path(store.read_json(job)["dataset"]["labeled_path"])
+    whole = [row["input_ids"] for row in store.read_rows(tokens)]
+    demo._truncate(job)
+    for path in (tokens, data.validation_path(tokens)):
+        cut = list(store.read_rows(path))
+        assert [row["input_ids"] for row in cut] == [ids[: min(map(len, whole)) - 1] for ids in whole]
+        assert all(len(row["completion_mask"]) == len(row["input_ids"]) for row in cut)
+        assert all(row["input_ids"][-1] not in prompt.stop_ids(tokenizer) and any(row["completion_mask"]) for row in cut)
+        assert store.read_manifest(path)["max_length"] == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "reasons"),
+    [
+        ("<think>\n1+1=2\n</think>\n\n2", True),
+        ("1+1=2\n</think>\n\n2", True),  # behind a template that has opened the thought
+        ("<think>\n</think>\n\n2", False),
+        ("<think>\n1+1=2\n</think>", False),
+        ("<think>\n1+1=2", False),
+        ("2", False),
+    ],
+)
+def test_reasoning_first_means_a_thought_with_words_and_an_answer_behind_it(text, reasons):
+    assert evaluate.reasons_first(text) is reasons
+
+
+def test_two_tasks_run_at_once_and_an_error_ends_the_other(tmp_path):
+    import time
+
+    from distill import engine
+
+    assert engine.in_parallel([lambda number=number: number for number in range(5)]) == list(range(5))
+    started = time.monotonic()
+
+    def long() -> None:
+        engine.run_module("timeit", ["-n", "1", "-r", "1", "import time; time.sleep(60)"], tmp_path / "long.log", lambda event: None)
+
+    def failing() -> None:
+        time.sleep(1)
+        raise BackendError("no good")
+
+    with pytest.raises(BackendError, match="no good"):
+        engine.in_parallel([failing, long, failing] if engine.usable_cores() == 1 else [long, failing, failing])
+    assert time.monotonic() - started < 30 and not engine._children

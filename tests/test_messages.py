@@ -201,6 +201,99 @@ def test_a_max_length_below_every_row_is_refused_with_the_shortest(tmp_path, row
     assert NO_DATA in message and "max_length = 3" in message and "shortest" in message
 
 
+# System 2, labelling, comparison, chat
+
+
+NO_DATA_2 = "No data for System 2 distillation"
+THOUGHT = "<think>\n1+1=2\n</think>\n\n2"
+
+
+def trace(**changes) -> dict:
+    levels = {"Cognitive_Difficulty": {"judge": "j", "level": 3}, "Reasoning_Verbosity": {"judge": "j", "level": 4}}
+    texts = {"full_response": THOUGHT, "solution": "2", "teacher": "t", "thought": "1+1=2", "thought_correctness_verify": True}
+    return {**levels, **texts, **changes}
+
+
+def prepare2(tmp_path, rows: list[dict], *more):
+    source = tmp_path / "omni.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = ROOT / "data" / "micro" / "student_system2"
+    return ("prepare-system2", "--source", source, "--student", student, "--slice", "train", "--out", tmp_path / "new" / "cot.json", *more)
+
+
+GOOD = [{"question": "1+1?", "reasoning": [trace()]}]
+
+
+def test_another_omnithought_schema_is_refused_with_the_row(tmp_path, refused):
+    message = refused(*prepare2(tmp_path, [{"problem": "1+1?", "traces": ["2"]}]))
+    assert "Unexpected OmniThought schema, please inspect omni[0]" in message and '"problem"' in message
+
+
+def test_windows_that_keep_nothing_say_which_bound_to_widen(tmp_path, refused):
+    message = refused(*prepare2(tmp_path, GOOD, "--rv-min", 6))
+    assert NO_DATA_2 in message and "rv_min = 0 alone would bring 1 more" in message
+
+
+def test_a_max_length_below_every_trace_says_what_would_do(tmp_path, refused):
+    message = refused(*prepare2(tmp_path, GOOD, "--max-length", 8))
+    assert NO_DATA_2 in message and "max_length = 8" in message and "the shortest correct trace needs max_length = " in message
+
+
+def test_a_window_upside_down_is_refused(tmp_path, refused):
+    assert "rv_min = 5 is above rv_max = 2" in refused(*prepare2(tmp_path, GOOD, "--rv-min", 5, "--rv-max", 2))
+
+
+def test_a_missing_cot_file_is_refused_with_the_next_command(tmp_path, refused):
+    message = refused("system2", "--set", "preset=micro_system2", "--set", f"cot_path={tmp_path / 'nowhere.json'}")
+    assert NO_DATA_2 in message and "prepare-system2" in message
+
+
+def test_a_comparison_without_one_model_skips_it_and_succeeds(tmp_path, micro):
+    arguments = ("--teacher", micro / "teacher", "--system1", tmp_path / "none", "--system2", tmp_path / "none2", "--max-tokens-teacher", 8)
+    done = lab("compare", "Tell me the parity of 4322.", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"Model not found at {tmp_path / 'none'}" in done.stdout.replace("\n", "") and "even" in done.stdout
+
+
+def test_a_comparison_without_any_model_is_refused(tmp_path, refused):
+    models = [part for name in ("teacher", "system1", "system2") for part in (f"--{name}", tmp_path / name)]
+    assert f"Model not found at {tmp_path / 'teacher'}" in refused("compare", "Hello?", *models)
+
+
+def test_a_comparison_without_prompts_is_refused(refused):
+    assert "prompts" in refused("compare")
+
+
+def test_chat_with_no_model_is_refused(tmp_path, refused):
+    assert f"Model not found at {tmp_path / 'none'}" in refused("chat", tmp_path / "none")
+
+
+def test_a_teacher_without_a_chat_template_cannot_label(tmp_path, rows, refused, micro):
+    folder = tmp_path / "base"
+    shutil.copytree(micro / "teacher", folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    assert "has no chat template" in refused("label", rows, "--teacher", folder, "--out", tmp_path / "new.json")
+
+
+def test_labelling_a_file_from_the_command_line(tmp_path, rows, micro):
+    done = lab("label", rows, "--teacher", micro / "teacher", "--out", tmp_path / "labeled.json", "--max-new-tokens", 12, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 2
+    assert [row["output"] for row in json.loads((tmp_path / "labeled.json").read_text())] == ["even", "odd"]
+
+
+def test_system2_from_the_command_line_learns_whole_traces(tmp_path, micro):
+    prepared = lab(
+        "prepare-system2", "--source", micro / "omnithought.parquet", "--student", micro / "student_system2", "--rows", 40, "--rv-max", 2,
+        "--out", tmp_path / "cot.json", "--json",
+    )  # fmt: skip
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads(prepared.stdout)["kept"] == 38
+    places = {"cot_path": tmp_path / "cot.json", "out_dir": tmp_path / "out", "config_path": tmp_path / "job.json", "num_epochs": 1}
+    done = lab("system2", "--preset", "micro_system2", "--json", *[part for name in places for part in ("--set", f"{name}={places[name]}")])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "distill_run.json").read_text())["mode"] == "system2"
+
+
 def test_the_error_is_json_where_json_is_asked_for(tmp_path):
     done = lab("system1", "--json", "--set", "max_length=0")
     assert done.returncode == 1 and json.loads(done.stdout)["error"]["type"] == "ConfigError"

@@ -1,6 +1,7 @@
 """The notebook as it is committed, and what it calls: the choice of models, the token, and what is shown."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -191,11 +192,11 @@ def refusing(error):
     return get
 
 
-def set_up(monkeypatch) -> Machine:
+def set_up(monkeypatch, gpu: dict | None = None) -> Machine:
     from distill import environment
 
     monkeypatch.setattr(environment, "setup_engine", lambda: sys.executable)
-    monkeypatch.setattr(environment, "probe", lambda python: {"gpu": None, "versions": {"torch": "1"}, "python": "3"})
+    monkeypatch.setattr(environment, "probe", lambda python: {"gpu": gpu, "versions": {"torch": "2.11"}, "python": "3.13.1"})
     monkeypatch.setattr(notebook, "hub_answers", lambda: False)
     return notebook.setup_lab()
 
@@ -224,6 +225,14 @@ def test_a_missing_secret_is_said_and_no_error(colab, monkeypatch, capsys, kind)
     assert kind in capsys.readouterr().out and os.environ["HF_TOKEN"] == ""
 
 
+def test_set_up_says_what_the_machine_is(monkeypatch, capsys):
+    gpu = {"name": "Tesla T4", "gib": 14.6, "capability": "7.5"}
+    assert set_up(monkeypatch, gpu) == Machine(gpu, False, {"torch": "2.11"})
+    shown = capsys.readouterr().out
+    assert "GPU: Tesla T4, 14.6 GiB, compute capability 7.5\n" in shown and "model hub: cannot be reached" in shown
+    assert "Python 3.13.1, torch 2.11\n" in shown and "memory at the start: " in shown
+
+
 def test_a_token_of_the_environment_stays(colab, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     colab.get = refusing(AssertionError)
@@ -243,8 +252,9 @@ def test_a_hub_that_is_off_or_silent_is_no_hub(monkeypatch):
 @pytest.mark.parametrize("body, hub", [(b'[{"id": "a/b"}]', True), (b"<html>blocked</html>", False), (b'{"error": 1}', False)])
 def test_only_a_hubs_answer_makes_a_hub(monkeypatch, body, hub):
     import io
+    import urllib.request
 
-    monkeypatch.setattr(notebook, "urlopen", lambda url, timeout: io.BytesIO(body))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(body))
     assert notebook.hub_answers() is hub
 
 
@@ -377,3 +387,52 @@ def test_a_bar_is_drawn_in_place(monkeypatch):
             update(step + 1, note=f"loss {step}")
     assert len(shown) == 1 and 1 <= len(updates) < 100
     assert "Training" in updates[-1] and "2000/2000" in updates[-1] and "loss 1999" in updates[-1] and "left" in updates[-1]
+
+
+# Executing it
+
+
+@pytest.fixture(scope="module")
+def runner():
+    spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "benchmarks" / "run_notebook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_notebook(folder: Path, *sources: str) -> Path:
+    import nbformat
+
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebook.ipynb")
+    return folder
+
+
+def test_execution_sets_a_field_and_keeps_what_cells_show(runner, tmp_path):
+    folder = write_notebook(tmp_path, 'NAME = "auto"  # @param {type:"string"}', "print(NAME)")
+    assert runner.run(folder, tmp_path / "out", {"NAME": "another"}) == 0
+    assert "another\n" in (tmp_path / "out" / "notebook.ipynb").read_text().replace("\\n", "\n")
+    assert "another" in (tmp_path / "out" / "notebook.html").read_text()
+    assert "another" not in (folder / "notebook.ipynb").read_text()
+
+
+def test_a_cell_that_fails_ends_the_execution_with_an_error(runner, tmp_path, capsys):
+    folder = write_notebook(tmp_path, "raise ValueError('what went wrong')", "print('never')")
+    assert runner.run(folder, tmp_path / "out", {}) == 1
+    assert "what went wrong" in capsys.readouterr().err
+    page = (tmp_path / "out" / "notebook.html").read_text()
+    assert "what went wrong" in page
+
+
+@pytest.mark.parametrize("fields", [{"NO_SUCH": "x"}, {"NUMBER": "x"}])
+def test_only_a_text_field_can_be_set(runner, tmp_path, fields):
+    folder = write_notebook(tmp_path, "NUMBER = 3")
+    with pytest.raises(SystemExit, match="must be one once"):
+        runner.run(folder, tmp_path / "out", fields)
+
+
+def test_the_copy_to_run_in_is_the_project_without_what_runs_made(runner, tmp_path):
+    copy = runner.copy_project(tmp_path / "lab")
+    assert (copy / "notebook.ipynb").is_file() and (copy / "data" / "micro" / "teacher").is_dir()
+    assert not [path for path in (copy / "data").iterdir() if path.is_file()]
+    assert not any((copy / name).exists() for name in (".git", ".venv", ".train-env", "runs", "reports"))

@@ -16,7 +16,7 @@ LAYERS = """
     errors console store environment config prompt models generation sources engine answers label
     selection preparation omnithought data traces checkpoint trainer train evaluate compare_page compare
     microtasks microlab chat pipeline choice notebook demo cli
-""".split()
+""".split()  # noqa: SIM905
 
 
 def imported(path: Path) -> set[str]:
