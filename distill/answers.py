@@ -19,7 +19,7 @@ from .generation import Answer, generate
 from .models import device, load_to_answer
 from .prompt import asked_ids
 
-FACTS = ("parameters", "weight_bytes", "device", "load_seconds", "versions")
+FACTS = ("bits", "parameters", "weight_bytes", "device", "load_seconds", "versions")
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
@@ -28,13 +28,13 @@ def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[s
 
     requests    [{"name", "path", "bits", "questions", "max_new_tokens"}] and, where wanted, "role", "journal", "temperature", "top_p",
                 "seed", "batch_size", "batch_tokens" (`generation.generate`)
-        bits            of a weight, 4, 8, 16 or 32
+        bits            of a weight, 4, 8, 16 or 32; None: 16 on a GPU, 32 on a CPU
         role            "student" (the default) or "teacher": what a message calls the model
         questions       [{"instruction", "mode"}] and, where wanted, "input" and "id" (its name in the journal; its number otherwise)
         max_new_tokens  mode → limit of an answer, in tokens
         journal         a file that answers are added to; without one, a temporary file
     run_folder  where the log goes, answers.log
-    Returns {name: {"parameters", "weight_bytes", "device", "load_seconds", "versions": {package: version},
+    Returns {name: {"bits", "parameters", "weight_bytes", "device", "load_seconds", "versions": {package: version},
     "answers": [{"text", "tokens", "stopped", "seconds"}]}}, answers in the order of the questions.
     Raises BackendError with the end of the log.
     """
@@ -63,7 +63,7 @@ def _name(number: int, question: dict):
 
 
 def answer_all(model, tokenizer, request: dict, finished=lambda answers: None) -> dict:
-    """Ask one loaded model, in this process. Returns what `ask` returns for a model, without "load_seconds".
+    """Ask one loaded model, in this process. Returns what `ask` returns for a model, without "bits" and "load_seconds".
 
     finished  called with {question number: Answer} after each batch
     """
@@ -121,10 +121,11 @@ def _answer_one(request: dict, before: int) -> dict:
     import time
 
     started = time.perf_counter()
-    model, tokenizer = load_to_answer(request["path"], request.get("role", "student"), request["bits"])
-    load_seconds = time.perf_counter() - started
     place, reason = device()
-    print(f"{request['name']}: {request['bits']}-bit on {place} ({reason}), loaded in {load_seconds:.1f} s")
+    bits = _bits(request["bits"], place)
+    model, tokenizer = load_to_answer(request["path"], request.get("role", "student"), bits)
+    load_seconds = time.perf_counter() - started
+    print(f"{request['name']}: {bits}-bit on {place} ({reason}), loaded in {load_seconds:.1f} s")
     done = before
 
     def finished(answers: dict[int, Answer]) -> None:
@@ -136,7 +137,11 @@ def _answer_one(request: dict, before: int) -> dict:
 
     engine.emit(name=request["name"], done=done)
     made = answer_all(model, tokenizer, request, finished)
-    return {key: {**made, "load_seconds": load_seconds}[key] for key in FACTS}
+    return {key: {**made, "bits": bits, "load_seconds": load_seconds}[key] for key in FACTS}
+
+
+def _bits(wanted: int | None, place: str) -> int:
+    return wanted or (16 if place == "cuda" else 32)
 
 
 if __name__ == "__main__":

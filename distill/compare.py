@@ -3,7 +3,6 @@
 A model that is missing or fails is left out with its reason, and the others are shown.
 """
 
-import builtins
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from . import answers, compare_page, models, prompt, store
 from .compare_page import TITLES
 from .config import is_hub_name, model_name
-from .console import console, say
+from .console import console, in_notebook, say
 from .errors import ConfigError, DistillError, shortened
 from .evaluate import final_answer
 
@@ -131,7 +130,7 @@ def compare_models(
     if not results:
         raise ConfigError.from_problems("the comparison: no model is left", list(missing.values()))
     comparison = _comparison(asked, columns, results, missing)
-    if not _shows_itself():
+    if not in_notebook():
         comparison.show()
     comparison.save(folder)
     say(f"Comparison: {store.shown(folder)}/comparison.html, .md and .json")
@@ -228,16 +227,9 @@ def _ask(column: _Column, asked: list[dict]) -> dict:
     if column.model is not None:
         return {"bits": None, "load_seconds": None, **answers.answer_all(column.model, column.tokenizer, request)}
     role = "teacher" if column.role == "teacher" else "student"
-    request |= {"path": model_name(column.path), "role": role, "bits": _bits(column.role)}
+    request |= {"path": model_name(column.path), "role": role, "bits": TEACHER_BITS if role == "teacher" else None}
     title = f"Asking the {TITLES[column.role]}"
-    return {"bits": request["bits"], **answers.ask([request], store.ROOT / "runs" / "compare" / column.role, title)[column.role]}
-
-
-def _bits(role: str) -> int:
-    """Bits of a weight: the teacher is big everywhere; a student is as it was trained on a CPU, in half precision on a GPU."""
-    if role == "teacher":
-        return TEACHER_BITS
-    return 16 if models.device()[0] == "cuda" else 32
+    return answers.ask([request], store.ROOT / "runs" / "compare" / column.role, title)[column.role]
 
 
 def _comparison(asked: list[dict], columns: list[_Column], results: dict[str, dict], missing: dict[str, str]) -> Comparison:
@@ -282,9 +274,3 @@ def reasoning(text: str) -> str:
         return ""
     thought = text.rpartition(closed)[0] if closed in text else text
     return thought.strip().removeprefix(opened).strip()
-
-
-def _shows_itself() -> bool:
-    """Whether what is returned is shown by Jupyter or Colab; plain IPython in a terminal shows no HTML."""
-    get_shell = getattr(builtins, "get_ipython", None)
-    return get_shell is not None and hasattr(get_shell(), "kernel")

@@ -270,7 +270,7 @@ def ask_student(path: str | Path, question: str, mode: str = "system1", max_new_
     request = {
         "name": "student",
         "path": name,
-        "bits": 16 if "GPU" in memory_gib() else 32,
+        "bits": None,
         "questions": [{"instruction": question, "mode": mode}],
         "max_new_tokens": {mode: max_new_tokens or generation.MAX_NEW_TOKENS[mode]},
     }

@@ -111,10 +111,14 @@ def _counts(tokenized: data.Tokenized) -> dict:
 
 def show_settings(settings: Settings) -> None:
     """Print every setting with where it came from, and the notes."""
-    rows = [[name, json.dumps(value), settings.origins[name]] for name, value in settings.values.items()]
+    rows = [[name, _shown(value), settings.origins[name]] for name, value in settings.values.items()]
     table("Settings", ["setting", "value", "from"], rows)
     for note in settings.notes:
         say(f"note: {note}")
+
+
+def _shown(value) -> str:
+    return store.shown(value) if isinstance(value, str) and Path(value).is_absolute() else json.dumps(value)
 
 
 def _with_origins(settings: Settings) -> dict:

@@ -274,7 +274,9 @@ def test_a_teacher_without_a_chat_template_cannot_label(tmp_path, rows, refused,
     assert "has no chat template" in refused("label", rows, "--teacher", folder, "--out", tmp_path / "new.json")
 
 
-def test_labelling_a_file_from_the_command_line(tmp_path, rows, micro):
+def test_labelling_a_file_from_the_command_line(tmp_path, micro):
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Tell me the parity of {number}."}) + "\n" for number in (1234, 1235)))
     done = lab("label", rows, "--teacher", micro / "teacher", "--out", tmp_path / "labeled.json", "--max-new-tokens", 12, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 2
