@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill import store  # noqa: E402
 from distill.console import say  # noqa: E402
-from distill.demo import retained, run_demo  # noqa: E402
+from distill.demo import margin, retained, run_demo  # noqa: E402
 from distill.evaluate import mean_exact_match  # noqa: E402
 from distill.microlab import SYSTEM1_FAMILIES, SYSTEM2_FAMILIES  # noqa: E402
 
@@ -58,18 +58,44 @@ def _resident_bytes(process: psutil.Process) -> int:
 
 
 def results_table(reports: dict, seconds: dict) -> str:
-    """A Markdown table, a row a seed: means over the instruction families, and over the reasoning families for the student."""
-    lines = ["| seed | teacher | before | student | kept | gold labels | shuffled | chance | student, reasoning | training s | demo s |"]
-    lines.append("|" + "---|" * 11)
+    """Two Markdown tables, a row a seed: means of exact match over System 1's families, and over System 2's."""
+    first = {
+        "teacher": lambda report: report["teacher"],
+        "before": lambda report: report["system1"]["before"],
+        "student": lambda report: report["system1"]["after"],
+        "gold labels": lambda report: report["controls"]["gold_labels"],
+        "shuffled": lambda report: report["controls"]["shuffled_labels"],
+    }
+    second = {
+        "teacher": lambda report: report["teacher"],
+        "before": lambda report: report["system2"]["before"],
+        "student": lambda report: report["system2"]["after"],
+        "bare answers": lambda report: report["controls"]["bare_answers"],
+        "System 1": lambda report: report["system1"]["after"],
+        "wrong traces": lambda report: report["controls"]["wrong_traces"],
+        "truncated": lambda report: report["controls"]["truncated_traces"],
+    }
+    lines = _table(["seed", *first, "chance", "kept", "training s", "demo s"])
     for seed, report in reports.items():
-        models = (report["teacher"], report["system1"]["before"], report["system1"]["after"], *report["controls"].values())
-        teacher, before, after, shuffled, gold = (f"{mean_exact_match(model, SYSTEM1_FAMILIES):.3f}" for model in models)
         chance = sum(report["chance"][family] for family in SYSTEM1_FAMILIES) / len(SYSTEM1_FAMILIES)
-        reasoning = mean_exact_match(report["system1"]["after"], SYSTEM2_FAMILIES)
-        cells = [seed, teacher, before, after, f"{retained(report):.3f}", gold, shuffled, f"{chance:.3f}", f"{reasoning:.3f}"]
-        cells += [f"{report['train_seconds']['system1']:.0f}", f"{seconds[seed]:.0f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        means = [f"{mean_exact_match(model(report), SYSTEM1_FAMILIES):.3f}" for model in first.values()]
+        timing = [f"{report['train_seconds']['system1']:.0f}", f"{seconds[seed]:.0f}"]
+        lines.append(_line([seed, *means, f"{chance:.3f}", f"{retained(report):.3f}", *timing]))
+    lines += ["", *_table(["seed", *second, "kept", "margin", "reason first", "stop", "training s"])]
+    for seed, report in reports.items():
+        means = [f"{mean_exact_match(model(report), SYSTEM2_FAMILIES):.3f}" for model in second.values()]
+        shares = [f"{report['system2']['after'][share]['value']:.3f}" for share in ("reasoned", "stopped")]
+        kept = [f"{retained(report, 'system2'):.3f}", f"{margin(report):.3f}"]
+        lines.append(_line([seed, *means, *kept, *shares, f"{report['train_seconds']['system2']:.0f}"]))
     return "\n".join(lines)
+
+
+def _table(heads: list[str]) -> list[str]:
+    return [_line(heads), "|" + "---|" * len(heads)]
+
+
+def _line(cells: list) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def test_json_output_is_json_alone(tmp_path, rows):
 def test_relative_paths_count_from_the_project_even_where_its_name_has_spaces_and_quotes(tmp_path):
     clone = tmp_path / 'it\'s a "lab" $(touch pwned)'
     clone.mkdir()
-    for part in ("distill", "configs", "data/micro", "distill_app.py"):
+    for part in ("distill", "configs", "data/micro", "distill_app.py", "requirements.txt", "constraints.txt"):
         source, copy = ROOT / part, clone / part
         copy.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
