@@ -38,4 +38,4 @@ micro: $(READY)
 	@$(RUN) distill_app.py build-micro
 
 clean:
-	rm -rf .venv .train-env runs reports distilled-* .pytest_cache .ruff_cache
+	rm -rf .venv .train-env runs reports .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ from . import engine, store
 from .console import progress
 from .errors import DistillError
 from .generation import Answer, generate
-from .models import device, load_to_answer
+from .models import bits_for, device, load_to_answer
 from .prompt import asked_ids
 
 FACTS = ("bits", "parameters", "weight_bytes", "device", "load_seconds", "versions")
@@ -122,7 +122,7 @@ def _answer_one(request: dict, before: int) -> dict:
 
     started = time.perf_counter()
     place, reason = device()
-    bits = _bits(request["bits"], place)
+    bits = bits_for(request["bits"])
     model, tokenizer = load_to_answer(request["path"], request.get("role", "student"), bits)
     load_seconds = time.perf_counter() - started
     print(f"{request['name']}: {bits}-bit on {place} ({reason}), loaded in {load_seconds:.1f} s")
@@ -138,10 +138,6 @@ def _answer_one(request: dict, before: int) -> dict:
     engine.emit(name=request["name"], done=done)
     made = answer_all(model, tokenizer, request, finished)
     return {key: {**made, "bits": bits, "load_seconds": load_seconds}[key] for key in FACTS}
-
-
-def _bits(wanted: int | None, place: str) -> int:
-    return wanted or (16 if place == "cuda" else 32)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import generation, models, store
+from .checkpoint import RUN_RECORD
 from .compare_page import visible
 from .config import is_hub_name, model_name
 from .console import say
 from .errors import ConfigError
 from .prompt import MODES, asked_ids
-
-RUN_RECORD = "distill_run.json"
 
 
 def chat(path: str, *, mode: str | None = None, max_new_tokens: int | None = None, questions: Iterable[str] | None = None) -> list[dict]:
@@ -26,12 +25,11 @@ def chat(path: str, *, mode: str | None = None, max_new_tokens: int | None = Non
     path = model_name(path)
     if not is_hub_name(path) and models.missing_in_folder(Path(path)):
         raise ConfigError(f"Model not found at {path}: {models.missing_in_folder(Path(path))}")
-    if mode is not None and mode not in MODES:
-        raise ConfigError(f"mode = {mode!r}: is not one of {', '.join(MODES)}.")
     mode, reason = (mode, "asked for") if mode else _trained_mode(path)
-    model, tokenizer = models.load_to_answer(path, "student", 32)
+    limit = generation.token_limit(max_new_tokens, mode)
+    model, tokenizer = models.load_student(path)
     say(f"{path}: {mode} ({reason}). An empty line ends.")
-    return [_answer(model, tokenizer, question, mode, max_new_tokens) for question in (_typed() if questions is None else questions)]
+    return [_answer(model, tokenizer, question, mode, limit) for question in (_typed() if questions is None else questions)]
 
 
 def _trained_mode(path: str) -> tuple[str, str]:
@@ -56,9 +54,9 @@ def _typed() -> Iterable[str]:
             yield line.strip()
 
 
-def _answer(model, tokenizer, question: str, mode: str, max_new_tokens: int | None) -> dict:
-    asked = asked_ids(tokenizer, question, mode=mode)
-    limit = max_new_tokens or generation.MAX_NEW_TOKENS[mode]
+def _answer(model, tokenizer, question: str, mode: str, limit: int) -> dict:
+    # half of a character, as a terminal of another encoding may send it, can be no token
+    asked = asked_ids(tokenizer, question.encode(errors="replace").decode(), mode=mode)
     (answer,) = generation.generate(model, tokenizer, [asked], limit, on_text=lambda text: say(visible(text), end=""))
     speed = answer.tokens / answer.seconds if answer.seconds else 0
     cut = "" if answer.stopped else f", cut off at {limit} tokens"

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import config, store
 from .errors import BackendError, ConfigError
 from .generation import stop_ids
-from .models import load_student
+from .models import load_to_train
 
 RUN_RECORD = "distill_run.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
@@ -59,7 +59,7 @@ def save_merged(student: str, adapter: Path, tokenizer, folder: Path) -> dict:
     """
     from peft import PeftModel
 
-    base, _ = load_student(student)
+    base, _ = load_to_train(student)
     return save(PeftModel.from_pretrained(base, adapter).merge_and_unload(), tokenizer, folder)
 
 
@@ -83,7 +83,7 @@ def verify_checkpoint(folder: Path, student: dict, trained: dict | None = None) 
     """
     import torch
 
-    model, _ = load_student(str(folder))
+    model, _ = load_to_train(str(folder))
     hashes = weight_hashes(model)
     moved = sum(hashes[name] != student.get(name) for name in hashes)
     unsound = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from . import store
+from .compare import prompt_problems
 from .data import DISTILQWEN
 from .errors import ConfigError
+from .generation import MAX_NEW_TOKENS
 from .microlab import MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from .traces import OMNITHOUGHT
 
@@ -100,13 +102,15 @@ def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
         notes.append(f"Short run: at most {rows[0]} and {rows[1]} rows, {SHORT['epochs']} epoch. FULL_RUN = True takes the form's numbers.")
     if not gpu:
         notes.append("Without a GPU this takes hours. USE_MICRO_WORLD = 'yes' shows every step in minutes.")
-    prompts = list(wanted.compare_prompts) or ["What is 17 + 25?"]
+    prompts = wanted.compare_prompts or ["What is 17 + 25?"]
+    if problems := prompt_problems(prompts):
+        raise ConfigError.from_problems("COMPARE_PROMPTS", problems)
     return Choice(
         data_system1={"slice_str": wanted.slice_system1, "rows": rows[0], **_relabelling(wanted, wanted.teacher_model)},
         data_system2={"slice_str": wanted.slice_system2, "rows": rows[1], **windows, "student_model": wanted.student_system2},
         system1=_settings("system1", wanted.teacher_model, wanted.student_system1) | {"num_epochs": epochs[0]},
         system2=_settings("system2", wanted.teacher_model, wanted.student_system2) | {"num_epochs": epochs[1]},
-        compare={"prompts": prompts, "teacher_path": wanted.teacher_model},
+        compare={"prompts": prompts, "teacher_path": wanted.teacher_model, "max_tokens_teacher": MAX_NEW_TOKENS["system2"]},
         questions=dict.fromkeys(("system1", "system2"), prompts[0] if isinstance(prompts[0], str) else prompts[0]["prompt"]),
         notes=tuple(notes),
     )

@@ -166,7 +166,7 @@ def _add_label(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--mode", default="system1", choices=("system1", "system2"), help="system2 asks for reasoning first (default system1)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of an answer; one cut off there is dropped (default 256)")
+    parser.add_argument("--max-new-tokens", type=int, help="an answer cut off there is dropped (default 256, 1024 for system2)")
     parser.add_argument("--batch-size", type=int, help="questions a batch (default: as many as fit a budget of tokens)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="when sampling (default 1)")
@@ -176,10 +176,12 @@ def _add_label(commands) -> argparse.ArgumentParser:
 
 
 def _label(options) -> dict:
+    from .generation import token_limit
     from .label import label_file
 
-    names = ("bits", "mode", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-    labeled = label_file(options.source, options.teacher, options.out, **{name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in ("bits", "mode", "batch_size", "temperature", "top_p", "seed")}
+    settings["max_new_tokens"] = token_limit(options.max_new_tokens, options.mode)
+    labeled = label_file(options.source, options.teacher, options.out, **settings)
     return {"path": str(store.resolve(options.out)), "rows": len(labeled.rows), "dropped": labeled.dropped, "reused": labeled.reused}
 
 

@@ -11,7 +11,7 @@ from . import answers, compare_page, models, prompt, store
 from .compare_page import TITLES
 from .config import is_hub_name, model_name
 from .console import console, in_notebook, say
-from .errors import ConfigError, DistillError, shortened
+from .errors import BackendError, ConfigError, DistillError, shortened
 from .evaluate import final_answer
 
 # Who is asked in which mode.
@@ -118,7 +118,7 @@ def compare_models(
         _Column("system1", system1_path, sys1_model, sys1_tokenizer, max_tokens_sys1),
         _Column("system2", system2_path, sys2_model, sys2_tokenizer, max_tokens_sys2),
     ]
-    problems = _prompt_problems(prompts) + [problem for column in columns for problem in _column_problems(column)]
+    problems = prompt_problems(prompts) + [problem for column in columns for problem in _column_problems(column)]
     if problems:
         raise ConfigError.from_problems("the comparison", problems)
     asked = [_with_modes(given) for given in prompts]
@@ -137,7 +137,7 @@ def compare_models(
     return comparison
 
 
-def _prompt_problems(prompts) -> list[str]:
+def prompt_problems(prompts) -> list[str]:
     if not isinstance(prompts, list | tuple) or not prompts:
         return [f'prompts = {shortened(repr(prompts), 80)}: is no list of prompts. Write e.g. ["What is 17 + 25?"].']
     return [f"prompts[{number}]: {what}" for number, given in enumerate(prompts) if (what := _prompt_problem(given))]
@@ -225,11 +225,22 @@ def _ask(column: _Column, asked: list[dict]) -> dict:
     questions = [{"instruction": asked[number]["prompt"], "mode": mode} for number, mode in _questions(column, asked)]
     request = {"name": column.role, "questions": questions, "max_new_tokens": limits}
     if column.model is not None:
-        return {"bits": None, "load_seconds": None, **answers.answer_all(column.model, column.tokenizer, request)}
+        return {"bits": None, "load_seconds": None, **_ask_given(column, request)}
     role = "teacher" if column.role == "teacher" else "student"
     request |= {"path": model_name(column.path), "role": role, "bits": TEACHER_BITS if role == "teacher" else None}
     title = f"Asking the {TITLES[column.role]}"
     return answers.ask([request], store.ROOT / "runs" / "compare" / column.role, title)[column.role]
+
+
+def _ask_given(column: _Column, request: dict) -> dict:
+    from torch import OutOfMemoryError
+
+    try:
+        return answers.answer_all(column.model, column.tokenizer, request)
+    except OutOfMemoryError as error:
+        raise BackendError(
+            f"The GPU's memory is full: {shortened(error)}. Give the model's path, so that one is loaded at a time."
+        ) from error
 
 
 def _comparison(asked: list[dict], columns: list[_Column], results: dict[str, dict], missing: dict[str, str]) -> Comparison:

@@ -23,13 +23,12 @@ from .preparation import (
     Spool,
     argument_problems,
     check_places,
-    is_unicode,
     raise_problems,
     readable,
     why_nothing,
     write_prepared,
 )
-from .prompt import format_prompt, row_id, tokenizer_hash, trained_ids
+from .prompt import format_prompt, is_unicode, row_id, tokenizer_hash, trained_ids
 from .sources import Source, mix, parse_sources, provenance
 from .store import validation_path
 
@@ -89,6 +88,8 @@ def _relabel_problems(teacher_model, relabel) -> list[str]:
         return [f"relabel_with_teacher = {relabel!r}: give True, False, or how many rows."]
     if relabel and teacher_model is None:
         return ["relabel_with_teacher needs a teacher_model, e.g. Qwen/Qwen2.5-7B-Instruct."]
+    if teacher_model is not None and relabel is False:
+        return ["teacher_model is given and relabel_with_teacher is not: say True, or how many rows."]
     return []
 
 

@@ -28,8 +28,8 @@ CONTROLS = {
     "shuffled_labels": "System 1 taught other questions' answers: what form and frequency give",
     "gold_labels": "System 1 taught exact answers: what the teacher's mistakes cost",
     "bare_answers": "System 2's questions with their answers alone, asked plainly: what a student learns without steps",
-    "wrong_traces": "System 2 taught a question's wrong trace wherever there is one: what dropping wrong traces is worth",
-    "truncated_traces": "System 2's rows cut behind the length of the shortest: what keeping rows whole is worth",
+    "wrong_traces": "System 2 taught a question's wrong trace wherever the teacher wrote one: what it costs to keep them",
+    "truncated_traces": "System 2's rows cut at their median length, half of them before their end: what it costs to cut",
 }
 # Of the shipped 4,500: more of them, which a plain answer cannot be learnt from, cost the System-1 student the families that it can
 # learn (benchmarks/RESULTS.md). The control `bare_answers` learns as many as System 2 does.
@@ -48,8 +48,13 @@ def run_demo(seed: int = 0) -> dict:
     started = time.monotonic()
     if store.read_manifest(MICRO) is None:
         raise DataError(f"{store.shown(MICRO)} is missing or incomplete: get the repository's files anew, or run build-micro.")
+    with store.lock(WORK):  # its files have fixed names
+        return _run(seed, started)
+
+
+def _run(seed: int, started: float) -> dict:
     say(f"Demo, seed {seed}: teacher and data from {store.shown(MICRO)}")
-    labeled, cot = _prepare_system1(seed), _prepare_system2("cot.json", MICRO / "omnithought.parquet", seed)
+    labeled, cot = _prepare_system1(seed), _prepare_system2(seed)
     jobs = _jobs(labeled, cot, seed)
     say(f"\nTraining {len(jobs)} students: the two, and {len(CONTROLS)} controls")
     trained = engine.in_parallel([lambda job=job: run_easy_distill(job) for job in jobs.values()])
@@ -76,12 +81,9 @@ def _prepare_system1(seed: int) -> Path:
     return labeled
 
 
-def _prepare_system2(name: str, source: Path, seed: int) -> Path:
-    cot = WORK / "data" / name
-    student = str(MICRO / "student_system2")
-    prepare_system2_dataset(
-        "train", source=str(source), rows=None, rv_max=RV_MAX, student_model=student, max_length=256, seed=seed, out_cot=cot
-    )
+def _prepare_system2(seed: int) -> Path:
+    cot, source, student = WORK / "data" / "cot.json", str(MICRO / "omnithought.parquet"), str(MICRO / "student_system2")
+    prepare_system2_dataset("train", source=source, rows=None, rv_max=RV_MAX, student_model=student, max_length=256, seed=seed, out_cot=cot)
     return cot
 
 
@@ -105,7 +107,7 @@ def _read_parquet(name: str) -> list[dict]:
 
 def _jobs(labeled: Path, cot: Path, seed: int) -> dict[str, str]:
     """Job files by student and control, the longest trainings first."""
-    wrong = _prepare_system2("wrong_traces.json", _wrong_first(WORK / "data" / "wrong_first.jsonl"), seed)
+    wrong = _with_outputs(cot, "wrong_traces.json", _wrong)
     bare = _with_outputs(cot, "bare_answers.json", lambda rows: [{**row, "output": final_answer(row["output"])} for row in rows])
     shuffled = _with_outputs(labeled, "shuffled_labels.json", lambda rows: _shuffled(rows, seed))
     gold = _with_outputs(labeled, "gold_labels.json", _gold)
@@ -152,26 +154,28 @@ def _shuffled(rows: list[dict], seed: int) -> list[dict]:
     return shuffled
 
 
-def _wrong_first(out: Path) -> Path:
-    """The shipped traces as if nobody had checked them, a question's wrong ones alone where it has any."""
-    rows = []
-    for row in _read_parquet("omnithought.parquet"):
-        wrong = [trace for trace in row["reasoning"] if not trace["thought_correctness_verify"]]
-        rows.append({**row, "reasoning": [{**trace, "thought_correctness_verify": True} for trace in wrong or row["reasoning"]]})
-    store.write_jsonl(out, rows)
-    return out
+def _wrong(rows: list[dict]) -> list[dict]:
+    """The same questions, each with a wrong trace of its own, as terse as the others, where it has one."""
+    wrong = {
+        row["question"]: trace["full_response"]
+        for row in _read_parquet("omnithought.parquet")
+        for trace in row["reasoning"]
+        if not trace["thought_correctness_verify"] and trace["Reasoning_Verbosity"]["level"] <= RV_MAX
+    }
+    say(f"  {sum(row['instruction'] in wrong for row in rows):,} of {len(rows):,} rows have a wrong trace")
+    return [{**row, "output": wrong.get(row["instruction"], row["output"])} for row in rows]
 
 
 def _truncate(job: str) -> str:
-    """Cut all rows of a job's token files to one length, such that each loses its end, as a `max_length` far too small does."""
+    """Cut a job's rows at their median length, as a `max_length` that is too small does where rows are cut and not dropped."""
     tokens = Path(store.read_json(job)["dataset"]["labeled_path"])
-    limit = min(len(row["input_ids"]) for row in store.read_rows(tokens)) - 1
-    manifest = store.read_manifest(tokens)
+    lengths = sorted(len(row["input_ids"]) for row in store.read_rows(tokens))
+    limit, manifest = lengths[len(lengths) // 2], store.read_manifest(tokens)
     for path in (tokens, validation_path(tokens)):
         rows = list(store.read_rows(path))
         store.write_rows(path, [{**row, **{key: row[key][:limit] for key in ("input_ids", "completion_mask")}} for row in rows])
         store.write_manifest(path, {key: value for key, value in manifest.items() if key != "files"})
-    say(f"  all rows cut to {limit} tokens")
+    say(f"  rows cut at {limit} tokens: {sum(length > limit for length in lengths):,} of {len(lengths):,} lose their end")
     return job
 
 

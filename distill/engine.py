@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from . import store
 from .environment import engine_python
-from .errors import BackendError
+from .errors import BackendError, shortened
 
 EVENT = "@event "
 LOG_TAIL_LINES = 20
@@ -64,9 +65,10 @@ def in_parallel(tasks: list[Callable]) -> list:
         except BaseException:
             for future in futures:
                 future.cancel()
+            patience_ends = time.monotonic() + 10
             while not all(future.done() for future in futures):  # a task may be about to start its process
                 for child in list(_children):
-                    _signal_group(child, signal.SIGTERM)
+                    _signal_group(child, signal.SIGTERM if time.monotonic() < patience_ends else signal.SIGKILL)
                 time.sleep(0.1)
             raise
 
@@ -133,7 +135,8 @@ def _signal_group(child: subprocess.Popen, number: int) -> None:
 def emit(**event) -> None:
     """In the child: report one event; without a parent to read it, nothing is said."""
     if os.environ.get(_PARENT):
-        print(EVENT + json.dumps(event), flush=True)
+        sys.stdout.write(EVENT + json.dumps(event) + "\n")  # in one piece, so that no other line comes between
+        sys.stdout.flush()
 
 
 def end_with_parent() -> None:
@@ -157,4 +160,6 @@ def failure(what: str, status: int, log: Path) -> BackendError:
         how += ", as happens when memory runs out" if -status == signal.SIGKILL else ""
     else:
         how = f"exit status {status}"
-    return BackendError("\n".join([f"{what} failed: {how}. The end of {store.shown(log)}:", *[f"  | {line[:300]}" for line in tail]]))
+    return BackendError(
+        "\n".join([f"{what} failed: {how}. The end of {store.shown(log)}:", *[f"  | {shortened(line, 300)}" for line in tail]])
+    )

@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import prompt
+from .errors import ConfigError, DataError
+from .prompt import MODES, asked_ids, is_unicode
+from .prompt import stop_ids as template_stop_ids
 
 MAX_NEW_TOKENS = {"system1": 256, "system2": 1024}
 
@@ -13,7 +15,7 @@ def stop_ids(model, tokenizer) -> list[int]:
     """Ids that end an answer: the chat template's and the tokenizer's (`prompt.stop_ids`), then the model's own others."""
     own = model.generation_config.eos_token_id
     own = [own] if isinstance(own, int) else own or []
-    stops = prompt.stop_ids(tokenizer)
+    stops = template_stop_ids(tokenizer)
     return stops + [token for token in own if token not in stops]
 
 
@@ -61,35 +63,42 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    torch.manual_seed(seed)
     stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature else {"do_sample": False}
     # a whole configuration of its own: the model's may sample, penalise repetition or stop elsewhere
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling)
     answers: list[Answer | None] = [None] * len(asked)
-    for batch in _batches([len(ids) for ids in asked], max_new_tokens, batch_tokens, batch_size):
-        inputs = _left_padded([asked[number] for number in batch], tokenizer.pad_token_id, model.device)
-        clock = _clock(stops, len(batch))
-        with torch.inference_mode():
-            made = model.generate(
-                **inputs, generation_config=settings, stopping_criteria=[clock], streamer=on_text and _streamer(tokenizer, stops, on_text)
-            )
-        new = made[:, inputs["input_ids"].shape[1] :].tolist()
-        done = {number: _answer(tokenizer, ids, stops, clock.ended(row)) for row, (number, ids) in enumerate(zip(batch, new, strict=True))}
-        for number, answer in done.items():
-            answers[number] = answer
-        finished(done)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the caller's own random numbers go on as before
+        torch.manual_seed(seed)
+        for batch in _batches([len(ids) for ids in asked], max_new_tokens, batch_tokens, batch_size):
+            streamer = _streamer(tokenizer, stops, on_text) if on_text else None
+            made = _answer_batch(model, tokenizer, [asked[number] for number in batch], settings, streamer)
+            done = dict(zip(batch, made, strict=True))
+            for number, answer in done.items():
+                answers[number] = answer
+            finished(done)
     return answers
 
 
-def _clock(stops: list[int], rows: int):
+def _answer_batch(model, tokenizer, asked: list[list[int]], settings, streamer) -> list[Answer]:
+    import torch
+
+    inputs = _left_padded(asked, tokenizer.pad_token_id, model.device)
+    stops, clock = settings.eos_token_id, _clock(settings.eos_token_id)
+    with torch.inference_mode():
+        made = model.generate(**inputs, generation_config=settings, stopping_criteria=[clock], streamer=streamer)
+    new = made[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_answer(tokenizer, ids, stops, clock.ended(row)) for row, ids in enumerate(new)]
+
+
+def _clock(stops: list[int]):
     """A stopping criterion that stops nothing and notes when each answer of a batch ended."""
     import torch
     from transformers import StoppingCriteria
 
     class Clock(StoppingCriteria):
-        started = time.perf_counter()
-        seconds: dict[int, float] = {}
+        def __init__(self) -> None:
+            self.started, self.seconds, self.latest = time.perf_counter(), {}, 0.0
 
         def __call__(self, input_ids, scores, **kwargs):
             self.latest = time.perf_counter() - self.started
@@ -119,14 +128,27 @@ def _streamer(tokenizer, stops: list[int], on_text: Callable[[str], None]):
     return Streamer(tokenizer, skip_prompt=True)
 
 
-def infer_student(model, tokenizer, prompt_text: str, mode: str = "system1", max_new_tokens: int | None = None) -> str:
+def token_limit(max_new_tokens: int | None, mode: str) -> int:
+    """The limit of an answer: what is asked for, or the mode's usual one. Raises ConfigError for a mode or a number that cannot be."""
+    if mode not in MODES:
+        raise ConfigError(f"mode = {mode!r}: is not one of {', '.join(MODES)}.")
+    if max_new_tokens is None:
+        return MAX_NEW_TOKENS[mode]
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens!r}: give a whole number above 0.")
+    return max_new_tokens
+
+
+def infer_student(model, tokenizer, prompt: str, mode: str = "system1", max_new_tokens: int | None = None) -> str:
     """A student's answer to a raw question, which is put into the chat template here and nowhere else.
 
     mode            "system1" asks plainly, "system2" asks for reasoning first
     max_new_tokens  limit of the answer; None takes MAX_NEW_TOKENS of the mode
     """
-    asked = prompt.asked_ids(tokenizer, prompt_text, mode=mode)
-    (answer,) = generate(model, tokenizer, [asked], max_new_tokens or MAX_NEW_TOKENS[mode])
+    limit = token_limit(max_new_tokens, mode)
+    if not is_unicode(prompt):
+        raise DataError("The question is no valid Unicode: it holds half of a character.")
+    (answer,) = generate(model, tokenizer, [asked_ids(tokenizer, prompt, mode=mode)], limit)
     return answer.text
 
 

@@ -4,6 +4,7 @@ Answers are kept in a *journal*, `runs/labels/<key>.jsonl`. Its key hashes what 
 files, bits, mode, limits, sampling), so that the same request never asks twice and another one never takes its answers.
 """
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from .answers import answer_all, ask
 from .config import is_hub_name, model_name
 from .console import say
 from .errors import ConfigError, DataError, shortened
-from .prompt import MODES, chat_format, row_id, tokenizer_hash
+from .prompt import MODES, chat_format, is_unicode, row_id, tokenizer_hash
 
 CUT_OFF, EMPTY = "an answer cut off at max_new_tokens", "an empty answer"
 
@@ -66,7 +67,8 @@ def rows_of(items: list) -> list[dict]:
     for number, item in enumerate(items):
         row = {"instruction": item} if isinstance(item, str) else item
         text = row.get("instruction") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
+        texts = [text, (row.get("input") or "") if isinstance(row, dict) else ""]
+        if not all(isinstance(part, str) and is_unicode(part) for part in texts) or not text.strip():
             raise DataError(f"item {number} is no question: give a text, or a row with an instruction. It is {shortened(item, 80)}.")
         rows.append({"id": _key(row), **row})
     return rows
@@ -88,7 +90,9 @@ class _Named:
 
     def answer(self, request: dict) -> None:
         teacher = {"name": "teacher", "role": "teacher", "path": self.path, "bits": self.bits}
-        ask([{**teacher, **request}], store.ROOT / "runs" / "labels", "Labelling")
+        folder = Path(request["journal"]).with_suffix("")
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; the journal's lock says that it is ours
+        ask([{**teacher, **request}], folder, "Labelling")
 
 
 class _Loaded:
@@ -135,7 +139,9 @@ def label_rows(
     """`label_with_teacher` by a `teacher_of`; says what was dropped, and what an earlier run had answered already."""
     limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size, "seed": seed}
     _check(mode, limits)
-    decisive = {key: value for key, value in limits.items() if key != "batch_size"}
+    decisive = {"max_new_tokens": max_new_tokens} | (
+        {"temperature": temperature, "top_p": float(top_p), "seed": seed} if temperature else {}
+    )
     journal = store.ROOT / "runs" / "labels" / f"{store.hash_json([teacher.identity(), mode, decisive])[:24]}.jsonl"
     journal.parent.mkdir(parents=True, exist_ok=True)
     asked = {_key(row): row for row in rows}
@@ -144,6 +150,7 @@ def label_rows(
         waiting = [_question(key, row, mode) for key, row in asked.items() if key not in known]
         if waiting:
             sampling = {key: value for key, value in limits.items() if key != "max_new_tokens" and value is not None}
+            sampling["seed"] = seed + len(known)  # going on with the same seed would draw the same luck again
             teacher.answer({"questions": waiting, "journal": str(journal), "max_new_tokens": {mode: max_new_tokens}, **sampling})
         answers = {entry["id"]: entry for entry in store.read_journal(journal)}
     labeled = _kept(rows, answers, teacher.name, reused=sum(key in known for key in asked))
@@ -197,15 +204,25 @@ def label_file(source: str | Path, teacher: str, out: str | Path, *, bits: int =
     Raises DataError where no row gets a label; then nothing is written.
     """
     source, out = store.resolve(source), store.resolve(out)
+    split, out_split = store.validation_path(source), store.validation_path(out)
+    if {source, split} & {out, out_split}:
+        raise ConfigError(f"out = {store.shown(out)} is the source, which labelling never changes; name another place.")
     store.check_writable(out)
-    split = store.validation_path(source)
-    places = {source: out} | ({split: store.validation_path(out)} if store.is_file(split) else {})
+    with store.lock(out):
+        return _label_file({source: out} | ({split: out_split} if store.is_file(split) else {}), teacher, bits, settings)
+
+
+def _label_file(places: dict[Path, Path], teacher: str, bits: int, settings: dict) -> Labeled:
+    """Label the files of `places`, each to its own; the first is the training file."""
+    source, out = next(iter(places.items()))
     rows = {place: rows_of(list(store.read_rows(place))) for place in places}
     labeled = label_rows([row for part in rows.values() for row in part], teacher_of(teacher, bits=bits), **settings)
     given = {_key(row): {name: row[name] for name in ("output", "teacher")} for row in labeled.rows}
     parts = {place: [{**row, **given[_key(row)]} for row in part if _key(row) in given] for place, part in rows.items()}
     if not parts[source]:
         raise DataError(f"No row of {store.shown(source)} has a label: {labeled.dropped}. Raise max_new_tokens.")
+    if len(places) == 1 and store.is_file(store.validation_path(out)):
+        store.remove_file(store.validation_path(out))  # of an earlier labelling, with questions that may be among these
     for place in reversed(places):  # the companion first, the manifest that binds them last
         store.write_rows(places[place], parts[place])
     facts = {"teacher": teacher, "bits": bits, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **settings}

@@ -15,7 +15,7 @@ from .data import write_tokenized
 from .errors import BackendError, ConfigError
 from .evaluate import exact_match, final_answer
 from .microtasks import FAMILIES, build_tokenizer, difficulty_level, phrase, sample_questions, sample_thought, verbosity_level
-from .models import device, load_student
+from .models import device, load_to_train
 
 MICRO = store.ROOT / "data" / "micro"
 TEACHER_NAME = "micro-teacher"
@@ -84,7 +84,7 @@ def build_micro(out: str | Path = "data/micro", seed: int = 0) -> dict:
             _save(new_model(name, tokenizer, seed), tokenizer, folder / name)
         _train_teacher(folder / "teacher", work, seed)
         store.write_jsonl(folder / "heldout.jsonl", heldout_questions())
-        model, tokenizer = load_student(str(folder / "teacher"))
+        model, tokenizer = load_to_train(str(folder / "teacher"))
         model.to(device()[0]).eval()
         scores = prove_teacher(model, tokenizer, list(store.read_rows(folder / "heldout.jsonl")))
         omnithought = _omnithought_rows(model, tokenizer, seed)
@@ -142,7 +142,7 @@ def gold_rows(seed: int) -> dict[str, list[dict]]:
 
 def _train_teacher(folder: Path, work: Path, seed: int) -> None:
     """Train the teacher in place, by an ordinary job of the built-in engine; one that `work` holds already is taken from there."""
-    untrained, tokenizer = load_student(str(folder))
+    untrained, tokenizer = load_to_train(str(folder))
     tokens, trained = work / "train_tokenized.json", work / "trained"
     _write_lessons(tokens, tokenizer, seed)
     job = {
@@ -159,7 +159,7 @@ def _train_teacher(folder: Path, work: Path, seed: int) -> None:
         _copy_model(folder, work / "untrained")
         result = train.run(store.write_json(work / "job.json", job), work, "the micro teacher")
         say(f"teacher: trained in {result.seconds:.0f} s, {result.metrics['parameters']:,} parameters")
-    model, tokenizer = load_student(str(trained))
+    model, tokenizer = load_to_train(str(trained))
     _save(model, tokenizer, folder)
 
 

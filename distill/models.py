@@ -12,6 +12,7 @@ from .errors import ConfigError, shortened
 
 EXAMPLES = {"student": "Qwen/Qwen2.5-0.5B-Instruct", "teacher": "Qwen/Qwen2.5-7B-Instruct"}
 BITS = (4, 8, 16, 32)
+BF16_CAPABILITY = (8, 0)  # what computes bf16 itself; torch.cuda.is_bf16_supported says yes to a T4 too, which imitates it slowly
 
 
 def check_student(name: str):
@@ -114,8 +115,16 @@ def load_tokenizer(name: str, role: str = "student"):
     return tokenizer
 
 
-def load_student(path: str, attention: str | None = None) -> tuple:
-    """A student and its tokenizer, in fp32, ready to answer or to be trained.
+def load_student(path: str) -> tuple:
+    """A student and its tokenizer, ready to answer, on the GPU where there is one; 16 bits a weight there, 32 on a CPU.
+
+    Returns (model, tokenizer). Raises ConfigError `Invalid student model: …` where it cannot be loaded.
+    """
+    return load_to_answer(path, "student", None)
+
+
+def load_to_train(path: str, attention: str | None = None) -> tuple:
+    """A student and its tokenizer, in fp32 on the CPU, ready to be trained or looked at.
 
     attention  transformers' name of an implementation of attention; None leaves the choice to it
     Returns (model, tokenizer). Raises ConfigError `Invalid student model: …` where the weights cannot be loaded.
@@ -136,16 +145,24 @@ def load_teacher(name: str, *, bits: int = 8) -> tuple:
     return load_to_answer(name, "teacher", bits)
 
 
-def load_to_answer(name: str, role: str, bits: int) -> tuple:
-    """`load_teacher` for either role ("teacher" or "student"): the messages name the role."""
+def bits_for(wanted: int | None) -> int:
+    """Bits of a weight: those that are wanted, or what suits the device."""
+    return wanted or (16 if device()[0] == "cuda" else 32)
+
+
+def load_to_answer(name: str, role: str, bits: int | None) -> tuple:
+    """`load_teacher` for either role ("teacher" or "student"), which the messages name; `bits` None takes what suits the device."""
     import torch
 
+    bits = bits_for(bits)
     if bits not in BITS:
         raise ConfigError(f"bits = {bits!r}: is not one of {', '.join(map(str, BITS))}.")
     name = model_name(name)
     tokenizer = check_model(name, role)
     prompt.chat_format(tokenizer, "system1")  # no template, no question: said before gigabytes are loaded
-    dtype = torch.float32 if bits == 32 else getattr(torch, half_precision()[0])
+    capability = gpu_capability()
+    half = half_precision(capability)[0] if capability else "bf16"  # a CPU computes no fp16
+    dtype = torch.float32 if bits == 32 else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
     settings = {"quantization_config": _quantization(bits, dtype)} if bits < 16 else {}
     model = _load(name, role, dtype=dtype, device_map={"": device()[0]}, **settings)
     return model.eval(), tokenizer
@@ -225,17 +242,16 @@ def device() -> tuple[str, str]:
     return ("cuda", torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ("cpu", "no GPU is visible")
 
 
-def half_precision() -> tuple[str, str]:
-    """The 16-bit type to compute in, by torch's name, and why.
-
-    Decided by the compute capability: `torch.cuda.is_bf16_supported` counts emulation, so that it says yes on a T4.
-    """
+def gpu_capability() -> tuple[int, int] | None:
+    """The GPU's compute capability, None where no GPU is visible."""
     import torch
 
-    if not torch.cuda.is_available():
-        return "bfloat16", "no GPU is visible, and a CPU computes no fp16"
-    capability = torch.cuda.get_device_capability(0)
-    shown = ".".join(map(str, capability))
-    if capability >= (8, 0):
-        return "bfloat16", f"the GPU has compute capability {shown}, and bf16 comes with 8.0"
-    return "float16", f"the GPU has compute capability {shown}, and bf16 comes with 8.0 only"
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def half_precision(capability: tuple[int, int]) -> tuple[str, str]:
+    """The 16-bit type that a GPU of this compute capability computes in, "bf16" or "fp16", and why."""
+    needed, found = (".".join(map(str, version)) for version in (BF16_CAPABILITY, capability))
+    if capability >= BF16_CAPABILITY:
+        return "bf16", f"the GPU's compute capability is {found}; bf16 needs {needed}"
+    return "fp16", f"the GPU's compute capability is {found}, and bf16 needs {needed}"

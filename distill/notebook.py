@@ -71,7 +71,8 @@ def _take_token() -> str:
 
     try:
         token = userdata.get("HF_TOKEN").strip()
-    except (errors.Error, userdata.NotebookAccessError) as error:
+    # the last where nobody watches the notebook; older images have no such error
+    except (errors.Error, userdata.NotebookAccessError, getattr(userdata, "TimeoutException", errors.Error)) as error:
         return f"HF_TOKEN: none from Colab's secrets ({type(error).__name__}); public models and data need none"
     if token:
         os.environ["HF_TOKEN"] = token
@@ -263,8 +264,7 @@ def ask_student(path: str | Path, question: str, mode: str = "system1", max_new_
     max_new_tokens  limit of the answer; None takes `generation.MAX_NEW_TOKENS` of the mode
     Raises ConfigError for a model that is not there, BackendError with the end of the log.
     """
-    if mode not in prompt.MODES:
-        raise ConfigError(f"mode = {mode!r}: there is no such mode. Use 'system1' or 'system2'.")
+    limit = generation.token_limit(max_new_tokens, mode)
     name = model_name(path)
     models.check_student(name)
     request = {
@@ -272,7 +272,7 @@ def ask_student(path: str | Path, question: str, mode: str = "system1", max_new_
         "path": name,
         "bits": None,
         "questions": [{"instruction": question, "mode": mode}],
-        "max_new_tokens": {mode: max_new_tokens or generation.MAX_NEW_TOKENS[mode]},
+        "max_new_tokens": {mode: limit},
     }
     made = answers.ask([request], store.ROOT / "runs" / "ask", "Asking the student")
     (answer,) = made["student"]["answers"]

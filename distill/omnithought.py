@@ -9,8 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .errors import DataError, shortened
-from .preparation import is_unicode
-from .prompt import REASONING_TAGS, format_prompt
+from .prompt import REASONING_TAGS, format_prompt, is_unicode
 from .selection import HIGHEST, LOWEST, Limits, Trace, is_level
 from .sources import Source
 

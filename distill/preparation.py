@@ -149,15 +149,6 @@ def why_nothing(sources: list[Source], read: int, dropped: dict) -> str:
     return f"none of the {read:,} rows of {names} can be used: {reasons}."
 
 
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can smuggle in and UTF-8 cannot hold
-        return False
-    return True
-
-
 class Spool:
     """Rows on their way, in a temporary database that SQLite keeps on disk and deletes by itself.
 

@@ -38,6 +38,15 @@ def row_id(instruction: str, input_text: str = "") -> str:
     return hash_json(format_prompt(instruction, input_text))[:16]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can smuggle in and UTF-8 cannot hold
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How one model's template frames a turn, as token pieces.

@@ -13,7 +13,7 @@ from . import models, store
 from .config import model_name
 from .console import progress, say
 from .errors import DataError
-from .omnithought import FIELDS, Schema, read_question, read_schema, read_traces
+from .omnithought import FIELDS, TRACE_LIST, Schema, read_question, read_schema, read_traces
 from .preparation import (
     DUPLICATE,
     NO_DATA,
@@ -46,6 +46,7 @@ from .selection import (
 from .sources import Source, mix, parse_sources, provenance
 
 OMNITHOUGHT = "alibaba-pai/OmniThought"
+NO_TRACE = "no trace"
 NOT_NEAREST, OF_DUPLICATE = "another trace of its question is nearer", "of the same question as an earlier row"
 
 
@@ -142,6 +143,9 @@ class _Selection:
         schemas: dict = {}
         with progress("Choosing traces", total=self.limits.rows) as update:
             for source, raw in mixed:
+                if id(source) not in schemas and raw.get(TRACE_LIST) == []:
+                    self.read, self.dropped = self.read + 1, self.dropped + Counter({NO_TRACE: 1})  # it shows no schema yet
+                    continue
                 if id(source) not in schemas:
                     schemas[id(source)] = read_schema(source, raw, self.limits), provenance(source)
                     if not schemas[id(source)][0].names["correct"]:
@@ -163,7 +167,7 @@ class _Selection:
         traces, malformed = read_traces(schema, raw)
         self.refused.update(malformed)
         if not traces:
-            return next(iter(malformed), "no trace")
+            return next(iter(malformed), NO_TRACE)
         self._count_levels(traces)
         question_id = row_id(question)
         if self.spool.has(question_id):

@@ -22,7 +22,7 @@ from .console import progress, say
 from .data import validation_path
 from .errors import BackendError, DistillError
 from .generation import generate
-from .models import load_student
+from .models import load_to_train
 from .trainer import attention_for, build_trainer, datasets, precision_for
 
 SAVE_SECONDS = 180  # leaves two of the five minutes for a validation and the saving itself
@@ -119,7 +119,7 @@ def train(job: dict, run_folder: Path) -> None:
     disable_progress_bar()
     out_dir, student, lab = Path(job["training"]["output_dir"]), job["models"]["student"], config.lab_settings(job)
     chosen = _choose(job["training"], lab)
-    model, tokenizer = load_student(student, attention=chosen["attention"]["value"])
+    model, tokenizer = load_to_train(student, attention=chosen["attention"]["value"])
     before = checkpoint.weight_hashes(model)
     tokens = Path(job["dataset"]["labeled_path"])
     rows, validation = datasets(tokens, run_folder / "cache")
@@ -243,13 +243,12 @@ def _autocast(args, model):
 
 
 def _keep_last(trainer, student: str, tokenizer, run_folder: Path) -> None:
-    """Keep the last training checkpoint's model as `last/` in the run's folder; drop optimizer states and older ones."""
+    """Keep the last training checkpoint's model as `last/` in the run's folder; drop older ones."""
     checkpoints = run_folder / "checkpoints"
     last = checkpoints / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         raise BackendError(f"The last training checkpoint, {store.shown(last)}, is missing.")
-    for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"):
-        (last / state).unlink(missing_ok=True)
+    (last / "training_args.bin").unlink(missing_ok=True)  # a pickle
     with store.atomic_folder(run_folder / "last") as folder:
         if (last / "adapter_config.json").is_file():
             checkpoint.save_merged(student, last, tokenizer, folder)

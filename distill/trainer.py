@@ -10,10 +10,10 @@ from pathlib import Path
 from . import config, store
 from .data import validation_path
 from .errors import ConfigError, DataError
+from .models import BF16_CAPABILITY, gpu_capability, half_precision
 
 POOL_BATCHES = 20
 EAGER_TOKENS = 512
-BF16_CAPABILITY = (8, 0)  # what computes bf16 itself; torch.cuda.is_bf16_supported says yes to a T4 too, which imitates it slowly
 
 
 def attention_for(max_length: int) -> tuple[str, str]:
@@ -33,9 +33,7 @@ def precision_for(training: dict) -> tuple[str, str]:
     training  a job's block: `bf16` or `fp16` true asks for it, false rules it out, neither leaves the choice to the device
     Raises ConfigError where the device cannot do what is asked for.
     """
-    import torch
-
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    capability = gpu_capability()
     best, reason = _best_precision(capability)
     asked = next((name for name in ("bf16", "fp16") if training.get(name)), None)
     if asked == "fp16" and capability is None:
@@ -49,12 +47,7 @@ def precision_for(training: dict) -> tuple[str, str]:
 
 
 def _best_precision(capability: tuple[int, int] | None) -> tuple[str, str]:
-    if capability is None:
-        return "fp32", "no GPU is visible"
-    needed, found = (".".join(map(str, version)) for version in (BF16_CAPABILITY, capability))
-    if capability >= BF16_CAPABILITY:
-        return "bf16", f"the GPU's compute capability is {found}; bf16 needs {needed}"
-    return "fp16", f"the GPU's compute capability is {found}, and bf16 needs {needed}"
+    return half_precision(capability) if capability else ("fp32", "no GPU is visible")
 
 
 def datasets(tokens: Path, cache: Path) -> tuple:
@@ -211,6 +204,7 @@ def sft_settings(training: dict, checkpoints: str, validate: bool, *, precision:
         settings.setdefault("per_device_eval_batch_size", settings.get("per_device_train_batch_size", 8))
     fixed = {
         "output_dir": checkpoints,
+        "save_only_model": True,  # nothing resumes from the optimizer's state, which is twice the model
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": not torch.cuda.is_available(),

@@ -7,6 +7,7 @@ import pytest
 
 from distill import demo, evaluate, store
 from distill.errors import BackendError
+from distill.evaluate import final_answer
 from distill.microlab import MAX_NEW_TOKENS, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from distill.microtasks import question_of
 
@@ -74,7 +75,6 @@ def test_the_demo_reaches_its_targets():
     assert demo.margin(report) >= 0.4
     after = report["system2"]["after"]
     assert after["reasoned"]["value"] >= 0.95 and after["stopped"]["value"] >= 0.98 and set(after["exact_match"]) == set(SYSTEM2_FAMILIES)
-    assert report["controls"]["truncated_traces"]["stopped"]["value"] < 0.5
     assert set(report["train_seconds"]) == {"system1", "system2"} and set(report["controls"]) == set(demo.CONTROLS)
     chance = sum(report["chance"][family] for family in SYSTEM1_FAMILIES) / len(SYSTEM1_FAMILIES)
     assert mean["before"] <= 0.02
@@ -88,24 +88,25 @@ def test_the_demo_takes_every_instruction_row_then_a_fixed_number_of_the_others(
     assert systems == [1] * 8400 + [2] * demo.REASONING_ROWS and demo.RELABELED_ROWS < 8400
 
 
-def test_the_control_of_wrong_traces_offers_a_questions_wrong_ones_alone(tmp_path):
+def test_the_control_of_wrong_traces_changes_the_outputs_of_some_questions_and_nothing_else():
     shipped = {row["question"]: row["reasoning"] for row in demo._read_parquet("omnithought.parquet")}
-    with_wrong = 0
-    for row in store.read_rows(demo._wrong_first(tmp_path / "wrong.jsonl")):
-        wrong = [trace for trace in shipped[row["question"]] if not trace["thought_correctness_verify"]]
-        assert [trace["full_response"] for trace in row["reasoning"]] == [
-            trace["full_response"] for trace in wrong or shipped[row["question"]]
-        ]
-        assert all(trace["thought_correctness_verify"] for trace in row["reasoning"])
-        with_wrong += bool(wrong)
-    assert 100 < with_wrong < 1000
+    rows = [{"id": number, "instruction": question, "output": "right"} for number, question in enumerate(shipped)]
+    changed = 0
+    for row, control in zip(rows, demo._wrong(rows), strict=True):
+        assert {**control, "output": "right"} == row
+        if control["output"] != "right":
+            (trace,) = [trace for trace in shipped[row["instruction"]] if trace["full_response"] == control["output"]][:1]
+            assert not trace["thought_correctness_verify"] and trace["Reasoning_Verbosity"]["level"] <= demo.RV_MAX
+            assert final_answer(trace["full_response"]) != question_of(row["instruction"]).answer
+            changed += 1
+    assert 100 < changed < 400
 
 
-def test_the_control_of_truncated_traces_cuts_every_row_before_its_end(tmp_path, project, micro, tokenizer):
+def test_the_control_of_truncated_traces_cuts_half_of_the_rows_before_their_end(tmp_path, project, micro, tokenizer):
     from distill import data, prompt
     from distill.pipeline import write_system2_config
 
-    outputs = ["<think>\n7+5=12\n4+8+1=13\n3+2+1=6\n</think>\n\n632", "<think>\n1+1=2\n</think>\n\n2"]
+    outputs = [f"<think>\n{'7+5=12' * (number + 1)}\n</think>\n\n632" for number in range(8)]
     rows = [{"instruction": "Add 347 and 285.", "output": output} for output in outputs]
     for path in (tmp_path / "cot.json", tmp_path / "cot_validation.json"):
         store.write_rows(path, rows)
@@ -116,9 +117,10 @@ def test_the_control_of_truncated_traces_cuts_every_row_before_its_end(tmp_path,
     demo._truncate(job)
     for path in (tokens, data.validation_path(tokens)):
         cut = list(store.read_rows(path))
-        assert [row["input_ids"] for row in cut] == [ids[: min(map(len, whole)) - 1] for ids in whole]
-        assert all(len(row["completion_mask"]) == len(row["input_ids"]) for row in cut)
-        assert all(row["input_ids"][-1] not in prompt.stop_ids(tokenizer) and any(row["completion_mask"]) for row in cut)
+        assert [row["input_ids"] for row in cut] == [ids[: len(whole[4])] for ids in whole]
+        assert all(len(row["completion_mask"]) == len(row["input_ids"]) and any(row["completion_mask"]) for row in cut)
+        ended = [row["input_ids"][-1] in prompt.stop_ids(tokenizer) for row in cut]
+        assert ended == [True] * 5 + [False] * 3
         assert store.read_manifest(path)["max_length"] == 256
 
 

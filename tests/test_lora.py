@@ -9,7 +9,7 @@ import pytest
 from distill import store, train, trainer
 from distill.checkpoint import RUN_RECORD, verify_checkpoint, weight_hashes
 from distill.errors import BackendError, ConfigError
-from distill.models import load_student
+from distill.models import load_to_train
 from tests.conftest import write_job
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -31,7 +31,7 @@ def lora_run(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def student(micro):
-    return load_student(str(micro / "student_system1"))[0]
+    return load_to_train(str(micro / "student_system1"))[0]
 
 
 def logits_of(model, ids):
@@ -66,7 +66,7 @@ def test_merged_checkpoint_gives_the_adapters_logits(lora_run, micro, student):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base, _ = load_student(str(micro / "student_system1"))
+    base, _ = load_to_train(str(micro / "student_system1"))
     with_adapter = PeftModel.from_pretrained(base, lora_run["run"] / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(lora_run["result"].checkpoint)
     rows = list(store.read_rows(lora_run["job"]["dataset"]["labeled_path"]))
@@ -77,7 +77,7 @@ def test_merged_checkpoint_gives_the_adapters_logits(lora_run, micro, student):
 
 
 def test_a_merge_changes_the_linear_layers_and_nothing_else(lora_run, student):
-    before, merged = weight_hashes(student), load_student(lora_run["result"].checkpoint)[0]
+    before, merged = weight_hashes(student), load_to_train(lora_run["result"].checkpoint)[0]
     after = weight_hashes(merged)
     linear = {name for name in before if name.endswith(".weight") and name.split(".")[-2] in LINEAR}
     assert {name for name in before if before[name] != after[name]} == linear
@@ -95,7 +95,7 @@ def test_metrics_count_the_student_and_what_was_trained_of_it(lora_run, student)
 def test_the_best_adapter_is_published_and_the_last_one_kept_whole(lora_run):
     losses = lora_run["result"].metrics["validation_loss"]
     assert min(losses) < losses[-1] - 0.01
-    best, last = (load_student(str(path))[0] for path in (lora_run["result"].checkpoint, lora_run["run"] / "last"))
+    best, last = (load_to_train(str(path))[0] for path in (lora_run["result"].checkpoint, lora_run["run"] / "last"))
     assert validation_loss(best, lora_run["job"]) == pytest.approx(min(losses), abs=1e-4)
     assert validation_loss(last, lora_run["job"]) == pytest.approx(losses[-1], abs=1e-4)
     assert not (lora_run["run"] / "checkpoints").exists()
@@ -118,7 +118,7 @@ def make_trainer(tmp_path, make_job, prepared_rows, micro):
         settings = {"max_steps": 4, "warmup_ratio": 0.0, "logging_steps": 1, **settings}
         job = store.read_json(make_job(tmp_path, prepared_rows[:32], prepared_rows[32:40], **settings))
         data = trainer.datasets(Path(job["dataset"]["labeled_path"]), tmp_path / "cache")
-        student = load_student(str(micro / "student_system1"), attention="eager")
+        student = load_to_train(str(micro / "student_system1"), attention="eager")
         return trainer.build_trainer(job, precision, student, data, tmp_path / "checkpoints", [])
 
     return make
@@ -235,7 +235,7 @@ def test_a_half_base_is_merged_in_fp32(make_trainer, tmp_path, micro, student):
     half_trainer.train()
     half_trainer.model.save_pretrained(tmp_path / "adapter")
     save_merged(str(micro / "student_system1"), tmp_path / "adapter", half_trainer.processing_class, tmp_path / "merged")
-    factors, merged = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), load_student(str(tmp_path / "merged"))[0]
+    factors, merged = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), load_to_train(str(tmp_path / "merged"))[0]
     name = "model.layers.0.mlp.down_proj"
     low, high = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in ("A", "B"))
     wanted = student.get_submodule(name).weight + 2 * high @ low  # alpha is twice the rank

@@ -9,7 +9,7 @@ from distill import microlab, store
 from distill.errors import BackendError
 from distill.evaluate import final_answer
 from distill.microtasks import FAMILIES, phrase, question_of, sample_questions, sample_thought, worked_steps
-from distill.models import load_student
+from distill.models import load_to_train
 from distill.prompt import COT_SENTENCE, asked_ids
 
 MODELS = ("teacher", "student_system1", "student_system2")
@@ -17,7 +17,7 @@ MODELS = ("teacher", "student_system1", "student_system2")
 
 @pytest.fixture(scope="module")
 def models(micro):
-    return {name: load_student(str(micro / name)) for name in MODELS}
+    return {name: load_to_train(str(micro / name)) for name in MODELS}
 
 
 @pytest.fixture(scope="module")

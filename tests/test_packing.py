@@ -7,7 +7,7 @@ import pytest
 from distill import store, train, trainer
 from distill.checkpoint import RUN_RECORD
 from distill.errors import DataError
-from distill.models import load_student
+from distill.models import load_to_train
 
 ATTENTIONS = ("eager", "sdpa")
 MAX_LENGTH = 128
@@ -27,7 +27,7 @@ def make_trainer(tmp_path, make_job, rows, micro):
         settings = {"packing": True} if packing else {"group_by_length": False}
         job = store.read_json(make_job(tmp_path, rows, max_length=MAX_LENGTH, **settings))
         data = trainer.datasets(Path(job["dataset"]["labeled_path"]), tmp_path / "cache")
-        student = load_student(str(micro / "student_system1"), attention=attention)
+        student = load_to_train(str(micro / "student_system1"), attention=attention)
         made = trainer.build_trainer(job, "fp32", student, data, tmp_path / "checkpoints", [])
         return made, made.data_collator(list(made.train_dataset))
 
@@ -118,7 +118,7 @@ def test_the_engine_trains_on_packs_as_on_rows(tmp_path, make_job, rows):
         }
         job = make_job(folder, rows, rows[:10], num_epochs=3, per_device_eval_batch_size=10, **settings)
         result = train.run(job, folder / "run", "test")
-        outcomes.append(load_student(result.checkpoint)[0])
+        outcomes.append(load_to_train(result.checkpoint)[0])
         losses.append(result.metrics["validation_loss"])
         records.append(store.read_json(Path(result.checkpoint) / RUN_RECORD))
     pairs = zip(outcomes[0].parameters(), outcomes[1].parameters(), strict=True)

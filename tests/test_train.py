@@ -17,7 +17,7 @@ from distill import store, train, trainer
 from distill.checkpoint import RUN_RECORD, verify_checkpoint, weight_hashes, with_edits
 from distill.errors import BackendError, ConfigError
 from distill.generation import generate
-from distill.models import load_student
+from distill.models import load_to_train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +53,7 @@ def test_checkpoint_loads_plainly_and_stops_at_the_end_of_turn(checkpoint):
 
 
 def test_every_parameter_moved(checkpoint, micro):
-    student, _ = load_student(str(micro / "student_system1"))
+    student, _ = load_to_train(str(micro / "student_system1"))
     before = weight_hashes(student)
     assert verify_checkpoint(checkpoint, before) == len(before)
 
@@ -74,7 +74,7 @@ def test_metrics_are_json_lines_with_loss_and_learning_rate(small_run):
 
 def test_last_checkpoint_is_kept_in_the_run_folder_and_optimizer_states_are_not(small_run):
     last = small_run["run"] / "last"
-    load_student(str(last))
+    load_to_train(str(last))
     assert not list(small_run["run"].rglob("optimizer.pt")) and not (small_run["run"] / "checkpoints").exists()
 
 
@@ -87,7 +87,7 @@ def test_best_and_last_differ_when_validation_worsens(tmp_path, micro, make_job)
     result = train.run(job, tmp_path / "run", "test")
     losses = result.metrics["validation_loss"]
     assert result.metrics["best_validation_loss"] == min(losses) < losses[-1]
-    best, last = (weight_hashes(load_student(str(path))[0]) for path in (result.checkpoint, tmp_path / "run" / "last"))
+    best, last = (weight_hashes(load_to_train(str(path))[0]) for path in (result.checkpoint, tmp_path / "run" / "last"))
     assert best != last
 
 
@@ -114,7 +114,7 @@ def test_loss_is_the_mean_over_answer_tokens_and_nothing_else(tmp_path, micro, m
     ]
     job = make_job(tmp_path, rows, per_device_train_batch_size=2, max_steps=1, logging_steps=1, warmup_ratio=0.0)
     result = train.run(job, tmp_path / "run", "test")
-    model, _ = load_student(str(micro / "student_system1"))
+    model, _ = load_to_train(str(micro / "student_system1"))
     model = model.double().eval()
     total, count = 0.0, 0
     for row in store.read_rows(store.read_json(job)["dataset"]["labeled_path"]):
@@ -134,7 +134,7 @@ def test_accumulated_steps_equal_one_big_batch(tmp_path, make_job, prepared_rows
         folder = tmp_path / name
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 3, "optim": "sgd"}
         job = make_job(folder, prepared_rows[:24], learning_rate=1e-2, warmup_ratio=0.0, **settings)
-        outcomes.append(load_student(train.run(job, folder / "run", "test").checkpoint)[0])
+        outcomes.append(load_to_train(train.run(job, folder / "run", "test").checkpoint)[0])
     pairs = zip(outcomes[0].parameters(), outcomes[1].parameters(), strict=True)
     assert max((left - right).abs().max().item() for left, right in pairs if torch.numel(left)) < 1e-5
 
@@ -231,7 +231,7 @@ def test_sample_answers_are_the_students_own_at_every_save(small_run):
     validation = list(store.read_rows(small_run["run"] / "train_tokenized_validation.json"))[:3]
     steps = small_run["result"].metrics["steps"]
     assert [sample["step"] for sample in samples] == [steps // 2] * 3 + [steps] * 3  # one save an epoch
-    model, tokenizer = load_student(str(small_run["run"] / "last"))
+    model, tokenizer = load_to_train(str(small_run["run"] / "last"))
     asked = [asked_ids(tokenizer, row["instruction"]) for row in validation]
     limit = math.ceil(
         1.5 * max(sum(row["completion_mask"]) for row in store.read_rows(small_run["run"] / "train_tokenized_validation.json"))
@@ -255,7 +255,7 @@ def test_training_is_bitwise_the_same_with_and_without_sample_answers(tmp_path, 
         tokens = Path(job["dataset"]["labeled_path"])
         callbacks = train._callbacks(train.validation_path(tokens), count, folder)
         data = trainer.datasets(tokens, folder / "cache")
-        student = load_student(str(micro / "student_system1"), attention="eager")
+        student = load_to_train(str(micro / "student_system1"), attention="eager")
         made = trainer.build_trainer(job, precision, student, data, folder / "checkpoints", callbacks)
         made.train()
         hashes[count] = weight_hashes(made.model)
@@ -309,9 +309,9 @@ def test_a_second_training_keeps_the_first_checkpoint_as_previous(tmp_path, make
     rows = [{"instruction": "Is 1234 even or odd?", "output": "even"}]
     job = make_job(tmp_path, rows, max_steps=1, warmup_ratio=0.0)
     first = train.run(job, tmp_path / "run", "test")
-    kept = weight_hashes(load_student(first.checkpoint)[0])
+    kept = weight_hashes(load_to_train(first.checkpoint)[0])
     train.run(make_job(tmp_path, rows, max_steps=2, warmup_ratio=0.0), tmp_path / "run", "test")
-    assert weight_hashes(load_student(f"{first.checkpoint}.previous")[0]) == kept
+    assert weight_hashes(load_to_train(f"{first.checkpoint}.previous")[0]) == kept
 
 
 # Interruptions: each starts the command line in a process of its own, over an older checkpoint that must survive
