@@ -19,7 +19,7 @@ demo: $(READY)
 	@$(RUN) distill_app.py demo
 
 test: $(READY)
-	@$(RUN) -m pytest -m "not slow"
+	@$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(READY)
 	@$(RUN) -m pytest

@@ -139,6 +139,14 @@ def test_reasoning_first_means_a_thought_with_words_and_an_answer_behind_it(text
     assert evaluate.reasons_first(text) is reasons
 
 
+def test_the_end_of_a_log_is_shown_without_what_acts_on_a_terminal(tmp_path):
+    from distill import engine
+
+    (tmp_path / "x.log").write_text("fine\n\x1b]0;pwn\x07\x1b[2J\n")
+    message = str(engine.failure("Training", 1, tmp_path / "x.log"))
+    assert "| fine" in message and "\x1b" not in message and "\x07" not in message
+
+
 def test_two_tasks_run_at_once_and_an_error_ends_the_other(tmp_path):
     import time
 

@@ -2,10 +2,11 @@
 
 import pytest
 
-from distill import models
+from distill import generation
 from distill.errors import DataError
 from distill.evaluate import exact_match, final_answer, wilson
 from distill.generation import generate
+from distill.models import load_to_train
 from distill.prompt import asked_ids
 
 
@@ -57,7 +58,7 @@ def test_exact_match_refuses_answers_that_do_not_match_the_questions():
 
 @pytest.fixture(scope="module")
 def teacher(micro):
-    return models.load_student(str(micro / "teacher"))
+    return load_to_train(str(micro / "teacher"))
 
 
 def test_batched_answers_equal_answers_one_by_one_in_the_order_asked(teacher, heldout):
@@ -92,6 +93,6 @@ def test_sampling_is_reproducible_and_differs_from_greedy(teacher, heldout):
 
 def test_batches_keep_to_the_token_budget_and_cover_every_row():
     lengths = [5, 900, 20, 20, 3, 400]
-    batches = list(models._batches(lengths, 100, 1200))
+    batches = list(generation._batches(lengths, 100, 1200, None))
     assert sorted(number for batch in batches for number in batch) == list(range(6))
     assert all(len(batch) == 1 or len(batch) * (max(lengths[n] for n in batch) + 100) <= 1200 for batch in batches)

@@ -101,6 +101,34 @@ def test_a_streamed_answer_is_the_whole_answer(teacher):
     assert "".join(seen) == answer.text and len(seen) > 3
 
 
+def test_asking_leaves_the_callers_random_numbers_alone_and_is_reproducible(teacher):
+    import torch
+
+    model, tokenizer = models.load_student(teacher)
+    asked = [asked_ids(tokenizer, "What is 347 + 285?", mode="system2")] * 3
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    sampled = [
+        [answer.text for answer in generation.generate(model, tokenizer, asked, 60, temperature=2.0, seed=seed)] for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.rand(3), expected)
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5])
+def test_a_limit_that_cannot_be_is_refused(wrong, teacher):
+    from distill.chat import chat
+
+    model, tokenizer = models.load_student(teacher)
+    for call in (
+        lambda: generation.infer_student(model, tokenizer, "?", max_new_tokens=wrong),
+        lambda: chat(teacher, max_new_tokens=wrong),
+    ):
+        with pytest.raises(ConfigError, match=f"max_new_tokens = {wrong}"):
+            call()
+
+
 def test_infer_student_takes_the_raw_question(teacher):
     model, tokenizer = models.load_student(teacher)
     assert generation.infer_student(model, tokenizer, "Tell me the parity of 4322.") == "even"
@@ -180,11 +208,12 @@ def test_a_second_run_asks_only_what_is_new(project, teacher, plain_questions):
 def test_another_request_never_takes_the_answers_of_this_one(project, teacher):
     model, tokenizer = models.load_student(teacher)
     settings = {"max_new_tokens": 12, "mode": "system1", "temperature": 0.0, "top_p": 1.0}
-    changes = [{}, {"max_new_tokens": 13}, {"mode": "system2"}, {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.9}, {}]
-    for count, change in enumerate(changes, start=1):
+    changes = [{}, {"max_new_tokens": 13}, {"mode": "system2"}, {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.9}]
+    same = [{}, {"temperature": 0}, {"top_p": 0.9}, {"batch_size": 1}]
+    for count, change in enumerate(changes + same, start=1):
         label.label_with_teacher(model, tokenizer, ["Tell me the parity of 4322."], **settings | change)
-        assert len(journals(project)) == min(count, len(changes) - 1)
-    assert [len(ids_in(journal)) for journal in journals(project)] == [1] * (len(changes) - 1)
+        assert len(journals(project)) == min(count, len(changes))
+    assert [len(ids_in(journal)) for journal in journals(project)] == [1] * len(changes)
 
 
 def test_other_bits_or_other_files_are_another_teacher(teacher, tmp_path):
@@ -266,6 +295,26 @@ def test_a_file_is_labelled_with_its_validation_rows(project, teacher):
     assert store.read_manifest(project / "labeled.json")["teacher"] == teacher
 
 
+def test_labelling_never_changes_its_source(project, teacher):
+    row = {"instruction": "Tell me the parity of 4322.", "output": "mine"}
+    for name in ("rows.json", "rows_validation.json"):
+        store.write_rows(project / name, [row])
+    for out in ("rows.json", "rows_validation.json"):
+        with pytest.raises(ConfigError, match="is the source, which labelling never changes"):
+            label.label_file("rows.json", teacher, out)
+    assert list(store.read_rows(project / "rows.json")) == [row]
+
+
+def test_no_validation_rows_of_an_earlier_labelling_stay_beside_new_rows(project, teacher):
+    store.write_rows(project / "a.json", [{"instruction": "Tell me the parity of 4322."}])
+    store.write_rows(project / "a_validation.json", [{"instruction": "Tell me the parity of 4324."}])
+    store.write_rows(project / "b.json", [{"instruction": "Tell me the parity of 4324."}])
+    for source in ("a.json", "b.json"):
+        label.label_file(source, teacher, "out.json", max_new_tokens=12)
+    assert not (project / "out_validation.json").exists()
+    assert [row["output"] for row in store.read_rows(project / "out.json")] == ["even"] and store.read_manifest(project / "out.json")
+
+
 def test_where_no_row_gets_a_label_nothing_is_written(project, teacher):
     store.write_rows(project / "rows.json", [{"instruction": "Write backwards the letters TNIG."}])
     with pytest.raises(DataError, match="Raise max_new_tokens"):
@@ -335,7 +384,7 @@ def test_settings_that_cannot_work_are_refused(settings, words, project, teacher
     assert not any(project.iterdir())
 
 
-@pytest.mark.parametrize("item", [3, "", {"question": "?"}, {"instruction": None}, None])
+@pytest.mark.parametrize("item", [3, "", {"question": "?"}, {"instruction": None}, None, {"instruction": "a", "input": 5}, "a\ud800"])
 def test_an_item_that_is_no_question_is_named(item, project, teacher):
     with pytest.raises(DataError, match="item 1 is no question"):
         label.label_with_teacher(teacher, None, ["fine", item])

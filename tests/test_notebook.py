@@ -134,6 +134,16 @@ def test_a_short_run_caps_rows_and_epochs_and_a_full_one_takes_the_forms():
     assert (full.system1["num_epochs"], full.system2["num_epochs"]) == (4, 5)
 
 
+@pytest.mark.parametrize("prompts", ["What is 17 + 25?", [{"text": "?"}], [""], [3]])
+def test_prompts_that_cannot_be_asked_are_refused_before_anything_is_trained(prompts):
+    with pytest.raises(ConfigError, match="COMPARE_PROMPTS"):
+        choose(True, True, Wanted(compare_prompts=prompts))
+
+
+def test_the_teacher_may_reason_as_long_as_its_student():
+    assert choose(True, True, Wanted()).compare["max_tokens_teacher"] == 1024
+
+
 def test_a_short_run_asks_for_no_more_than_the_form():
     wanted = Wanted(use_micro_world="no", rows_system2=7)
     assert choose(True, True, wanted).data_system2["rows"] == 7
@@ -216,6 +226,13 @@ def test_no_error_of_a_model_that_is_not_there_shows_the_token(colab, monkeypatc
     with pytest.raises(ConfigError) as error:
         notebook.ask_student("no-such-owner/no-such-model", "?")
     assert SECRET not in "".join([str(error.value), repr(error.value.__cause__), *capsys.readouterr()])
+
+
+def test_unwatched_where_colab_waits_in_vain_for_a_click_the_lab_goes_on(colab, monkeypatch, capsys):
+    colab.TimeoutException = type("TimeoutException", (Exception,), {})
+    colab.get = refusing(colab.TimeoutException)
+    set_up(monkeypatch)
+    assert "TimeoutException" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["SecretNotFoundError", "NotebookAccessError"])
@@ -354,7 +371,7 @@ def test_a_student_answers_in_a_process_of_its_own(student, project):
 
 @pytest.mark.parametrize("mode", ["system3", None])
 def test_another_mode_is_an_error(student, mode):
-    with pytest.raises(ConfigError, match="there is no such mode"):
+    with pytest.raises(ConfigError, match="is not one of system1, system2"):
         notebook.ask_student(student, "?", mode)
 
 

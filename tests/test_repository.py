@@ -64,6 +64,35 @@ def test_everything_in_all_exists():
     assert all(hasattr(distill_app, name) for name in distill_app.__all__)
 
 
+# DESIGN.md's public API, by heart: what people build on
+SIGNATURES = {
+    "prepare_system1_dataset": "slice_str *source *columns *rows *validation *teacher_model *teacher_tokenizer *relabel_with_teacher *seed "
+    "*out_instructions *out_labeled",
+    "prepare_system2_dataset": "slice_str *source *columns *rows *rv_min *rv_max *cd_min *cd_max *long_share *student_model *max_length "
+    "*validation *seed *out_cot",
+    "label_with_teacher": "teacher_model teacher_tokenizer items batch_size max_new_tokens temperature top_p mode",
+    "format_prompt": "instruction input_text mode",
+    "run_easy_distill": "config_path *backend",
+    "distill_system1": "config",
+    "distill_system2": "config",
+    "load_teacher": "name *bits",
+    "load_student": "path",
+    "infer_student": "model tokenizer prompt mode max_new_tokens",
+    "compare_models": "prompts teacher_path system1_path system2_path *teacher_model *teacher_tokenizer *sys1_model *sys1_tokenizer "
+    "*sys2_model *sys2_tokenizer *max_tokens_teacher *max_tokens_sys1 *max_tokens_sys2",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_public_function_takes_what_its_users_give_it(name):
+    import inspect
+
+    import distill_app
+
+    parameters = inspect.signature(getattr(distill_app, name)).parameters.values()
+    assert " ".join(("*" if each.kind is each.KEYWORD_ONLY else "") + each.name for each in parameters) == SIGNATURES[name]
+
+
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]

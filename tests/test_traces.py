@@ -149,14 +149,14 @@ def test_each_source_of_a_mixture_has_a_schema_of_its_own(project, prepare):
             {"prompt": "a", "answer": "b"},
             ["no question (question, instruction)", "no trace (full_response", '{"prompt": "a", "answer": "b"}'],
         ),
-        ({"question": "a", "reasoning": []}, ["no trace ("]),
         ({"question": "a", "reasoning": ["text"]}, ["no trace ("]),
         ({"question": "a", "reasoning": "text"}, ["no trace ("]),
         ({"question": "a", "reasoning": {"full_response": ["x"]}}, ["no trace ("]),
         ({"question": "a", "thought": "x"}, ["or thought and solution"]),
         ({"reasoning": [{"full_response": "x" * 9000}]}, ["no question", "(8,960 more characters)"]),
         ({}, ["no question", "omni[0] of omni.jsonl: {}"]),
-        ({"prompt": "\x1b[31m\ud800\u0000"}, ["\\u001b", "\\ud800"]),
+        ({"prompt": "\x1b[31m\ud800\u0000"}, ["\ufffd[31m\ufffd\ufffd"]),
+        ({"\x1b[31m\ud800": "a"}, ["\\u001b", "\\ud800"]),
     ],
 )
 def test_another_schema_is_one_message_with_the_row_cut_short_and_no_file(project, prepare, row, words):
@@ -244,6 +244,15 @@ OTHER_FORMS = [
     "<Think>\na\n</Think>\n\nb",
     "</think>\n\n<think>4",
 ]
+
+
+def test_a_first_row_without_traces_shows_no_schema_and_is_counted(project, prepare):
+    store.write_jsonl("omni.jsonl", [question(0), question(1), question(2, trace()), question(3)])
+    prepared = adds_up(prepare())
+    assert (prepared.read, prepared.kept, prepared.dropped) == (4, 1, {"no trace": 3})
+    store.write_jsonl("omni.jsonl", [question(0)])
+    with pytest.raises(DataError, match="No data for System 2 distillation: none of the 1 rows .*: 1 with no trace"):
+        prepare()
 
 
 def test_a_trace_of_another_form_is_dropped_whether_whole_or_in_parts(project, prepare):
