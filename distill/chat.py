@@ -28,7 +28,7 @@ def chat(path: str, *, mode: str | None = None, max_new_tokens: int | None = Non
     mode, reason = (mode, "asked for") if mode else _trained_mode(path)
     limit = generation.token_limit(max_new_tokens, mode)
     model, tokenizer = models.load_student(path)
-    say(f"{path}: {mode} ({reason}). An empty line ends.")
+    say(f"{path}: {mode} ({reason})." + (" An empty line ends." if questions is None and sys.stdin.isatty() else ""))
     return [_answer(model, tokenizer, question, mode, limit) for question in (_typed() if questions is None else questions)]
 
 

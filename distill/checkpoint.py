@@ -90,7 +90,10 @@ def verify_checkpoint(folder: Path, student: dict, trained: dict | None = None) 
     if unsound:
         raise BackendError(f"The trained weights are not finite ({unsound[0]} and {len(unsound) - 1} more). Lower learning_rate.")
     if not moved:
-        raise BackendError("The trained weights equal the student's: nothing was learnt. Raise learning_rate or num_train_epochs.")
+        raise BackendError(
+            "The trained weights equal the student's: nothing was learnt. Raise num_train_epochs or learning_rate; "
+            "where there are only a few steps, set warmup_ratio to 0, or all of them are warm-up."
+        )
     if hashes.keys() != student.keys():
         raise BackendError(f"The checkpoint has other tensors than the student: {', '.join(sorted(hashes.keys() ^ student.keys())[:4])}.")
     if trained is not None and hashes != trained:

@@ -155,6 +155,9 @@ def to_row(source: Source, raw: dict, origin: dict, with_label: bool = True) -> 
         if not is_unicode(value):
             return None, f"{field} that is no valid Unicode"
     folded = format_prompt(text["instruction"], text["input"])
+    teacher = raw.get("teacher") if with_label else None  # as `label` names it: whose the answer is goes with the row
+    if isinstance(teacher, str) and teacher.strip() and is_unicode(teacher):
+        origin = {**origin, "teacher": teacher}
     return {"id": row_id(folded), "instruction": folded, "input": "", "output": text.get("output", "").strip(), **origin}, None
 
 

@@ -351,6 +351,13 @@ def test_a_part_of_the_rows_is_relabelled_the_rest_keeps_its_labels(project, loa
     assert sorted(prepared.teachers.values()) == [2, 2] and "whoever wrote mine.json" in str(prepared)
 
 
+def test_what_label_wrote_keeps_its_teacher_when_it_is_prepared(project):
+    rows = [{"instruction": "a", "output": "b", "teacher": "my teacher"}, {"instruction": "c", "output": "d", "teacher": 7}]
+    prepared, written = prepare(project, rows)
+    assert [row.get("teacher") for row in written] == ["my teacher", None]
+    assert prepared.teachers == {"my teacher": 1, "whoever wrote mine.json": 1}
+
+
 def test_rows_whose_label_is_cut_off_are_dropped_and_counted(project, loaded, monkeypatch):
     monkeypatch.setattr("distill.data.label_rows", lambda rows, teacher: label.label_rows(rows, teacher, max_new_tokens=2))
     rows = [{"instruction": "Tell me the parity of 4322."}, {"instruction": "Write backwards the letters TNIG."}]
