@@ -46,9 +46,9 @@ def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[s
         log = run_folder / "answers.log"
         with progress(title, total=sum(len(request["questions"]) for request in requests)) as update:
             show = lambda event: update(event["done"], note=event["name"])  # noqa: E731
-            status = engine.run_module("distill.answers", ["--request", str(file)], log, show)
-        if status or not facts.is_file():
-            raise engine.failure(title, status, log)
+            ended = engine.run_module("distill.answers", ["--request", str(file)], log, show)
+        if ended.status or not facts.is_file():
+            raise engine.failure(title, ended, log)
         found = store.read_json(facts)
         return {request["name"]: {**found[request["name"]], "answers": _in_order(request)} for request in requests}
 
@@ -104,7 +104,6 @@ def main() -> None:
     """Answer the questions of a request file into the journals, then write the models' facts."""
     parser = argparse.ArgumentParser(prog="python -m distill.answers", description="Ask models questions, one model at a time.")
     parser.add_argument("--request", required=True, help="JSON: {requests, facts}, as distill.answers.ask writes it")
-    engine.end_with_parent()
     job = store.read_json(parser.parse_args().request)
     try:
         facts, done = {}, 0

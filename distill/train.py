@@ -56,12 +56,12 @@ def run(config_path: str | Path, run_folder: Path, reason: str) -> TrainResult:
         before = checkpoint.run_id(out_dir)
         try:
             with progress(out_dir.name) as update:
-                status = engine.run_module("distill.train", arguments, log, _progress(update))
+                ended = engine.run_module("distill.train", arguments, log, _progress(update))
         finally:
             store.recover(out_dir)
             shutil.rmtree(run_folder / "cache", ignore_errors=True)
         if checkpoint.run_id(out_dir) in (None, before):  # a new, sealed checkpoint is the proof; an exit status is none
-            raise engine.failure("Training", status, log)
+            raise engine.failure("Training", ended, log)
         record = store.read_manifest(out_dir, name=RUN_RECORD)
     return TrainResult(str(out_dir), "builtin", reason, time.monotonic() - started, record["metrics"], str(log))
 
@@ -103,7 +103,6 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="job JSON, as write_system1_config makes it")
     parser.add_argument("--run", help="folder for metrics and training checkpoints (default: the folder of the job's token file)")
     arguments = parser.parse_args()
-    engine.end_with_parent()
     try:
         job = config.read_job(arguments.config)
         run_folder = store.resolve(arguments.run) if arguments.run else Path(job["dataset"]["labeled_path"]).parent

@@ -140,17 +140,17 @@ def test_reasoning_first_means_a_thought_with_words_and_an_answer_behind_it(text
 
 
 def test_the_end_of_a_log_is_shown_without_what_acts_on_a_terminal(tmp_path):
-    from distill import engine
+    from distill import engine, process
 
     (tmp_path / "x.log").write_text("fine\n\x1b]0;pwn\x07\x1b[2J\n")
-    message = str(engine.failure("Training", 1, tmp_path / "x.log"))
+    message = str(engine.failure("Training", process.Ended(1, "", 0.0), tmp_path / "x.log"))
     assert "| fine" in message and "\x1b" not in message and "\x07" not in message
 
 
 def test_two_tasks_run_at_once_and_an_error_ends_the_other(tmp_path):
     import time
 
-    from distill import engine
+    from distill import engine, process
 
     assert engine.in_parallel([lambda number=number: number for number in range(5)]) == list(range(5))
     started = time.monotonic()
@@ -164,4 +164,4 @@ def test_two_tasks_run_at_once_and_an_error_ends_the_other(tmp_path):
 
     with pytest.raises(BackendError, match="no good"):
         engine.in_parallel([failing, long, failing] if engine.usable_cores() == 1 else [long, failing, failing])
-    assert time.monotonic() - started < 30 and not engine._children
+    assert time.monotonic() - started < 30 and not process._running

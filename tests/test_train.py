@@ -343,13 +343,18 @@ def wait_for(condition, seconds: float):
 
 
 def engine_of(process) -> psutil.Process:
-    return next(child for child in psutil.Process(process.pid).children(recursive=True) if "distill.train" in " ".join(child.cmdline()))
+    lab = psutil.Process(process.pid)
+    return next(child for child in lab.children(recursive=True) if child.cmdline()[1:3] == ["-m", "distill.train"])
 
 
 def assert_untouched(folder: Path, old: dict):
     assert {path.name: store.hash_file(path) for path in (folder / "out").iterdir()} == old
     assert not [path.name for path in folder.iterdir() if ".tmp-" in path.name]
     assert store.read_manifest(folder / "out", name=RUN_RECORD)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_killed_engine_is_an_error_that_shows_the_log_and_changes_nothing(long_run):
@@ -366,7 +371,7 @@ def test_a_killed_lab_takes_its_engine_along_and_changes_nothing(long_run):
     process, folder, old = long_run
     engine = engine_of(process)
     os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 15)
+    wait_for(lambda: has_ended(engine), 15)
     assert_untouched(folder, old)
 
 
@@ -375,7 +380,7 @@ def test_an_interrupt_ends_the_engine_and_changes_nothing(long_run):
     engine = engine_of(process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
-    assert process.returncode != 0 and not engine.is_running()
+    assert process.returncode != 0 and has_ended(engine)
     assert_untouched(folder, old)
 
 
