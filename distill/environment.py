@@ -1,23 +1,27 @@
 """Which interpreter trains; and how one is made that can, beside a kernel whose own packages stay as they are.
 
 Where the running Python has what requirements.txt asks, it trains itself. Elsewhere (on Colab) the engine lives in `.train-env`: it sees
-the kernel's packages behind its own, so that the kernel's torch serves both, and adds the pinned rest.
-`python -m distill.environment` tells as JSON what an interpreter brings.
+the kernel's packages behind its own, so that the kernel's torch serves both, and adds the pinned rest. EasyDistill's environments are made
+by the same steps (`Recipe`, `make`). `python -m distill.environment` tells as JSON what an interpreter brings.
 """
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import store
+from . import process, store
 from .console import progress, say
-from .errors import BackendError, shortened
+from .errors import BackendError, DataError, shortened
 
 PROJECT = Path(__file__).resolve().parent.parent  # not store.ROOT, which a test may set elsewhere
 REQUIREMENTS = PROJECT / "requirements.txt"
@@ -25,7 +29,7 @@ CONSTRAINTS = PROJECT / "constraints.txt"
 ENGINE = PROJECT / ".train-env"
 SEALED = "engine.json"  # written last: an environment without it, or made for something else, is made anew
 LOG = PROJECT / "runs" / "train-env.log"
-LOG_TAIL_LINES = 20
+OPTIONAL = ("vllm", "fastapi", "uvicorn", "openai", "pydantic")  # what serves a model over an API
 SETUP = "import distill_app; distill_app.setup_engine()"
 
 
@@ -37,8 +41,8 @@ def engine_python() -> tuple[str, str]:
     lacking = lacking_packages()
     if not lacking:
         return sys.executable, "this Python has all that the engine needs"
-    if _is_complete():
-        return str(_python()), f"this Python lacks {_listed(lacking)}"
+    if is_complete(_recipe()):
+        return str(python_of(ENGINE)), f"this Python lacks {_listed(lacking)}"
     raise BackendError(
         f"This Python cannot train: it lacks {_listed(lacking)}. Run `{SETUP}`, which makes the engine an environment of its own "
         f"({store.shown(ENGINE)}) and leaves this one as it is; or install requirements.txt here."
@@ -52,8 +56,9 @@ def setup_engine() -> str:
     Raises BackendError with the end of the log; an environment that was not finished is made anew the next time.
     """
     with store.lock(ENGINE):
-        if lacking_packages() and not _is_complete():
-            _make()
+        if lacking_packages() and not is_complete(_recipe()):
+            _refuse_old_torch()
+            make(_recipe(), lambda python, update: _prove(probe(python)))
     path, reason = engine_python()
     say(f"engine: {path} ({reason})")
     return path
@@ -90,49 +95,19 @@ def _listed(lacking: list[str]) -> str:
     return ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
 
 
-def _python(folder: Path | None = None) -> Path:
-    return (folder or ENGINE) / "bin" / "python"
-
-
-def _is_complete() -> bool:
-    return store.is_file(ENGINE / SEALED) and _python().exists() and store.read_json(ENGINE / SEALED) == _facts()
-
-
-def _facts() -> dict:
-    """What an environment is made for: when any of it changes, it is made anew."""
-    return {
-        "requirements_sha256": store.hash_file(REQUIREMENTS),
-        "constraints_sha256": store.hash_file(CONSTRAINTS),
-        "python": platform.python_version(),
-        "kernel": kernel_folders(),
-        "kernel_torch": installed("torch"),
-    }
-
-
-def kernel_folders() -> list[str]:
-    """The folders of this Python's packages, in the order in which it looks into them."""
-    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()]
-
-
-# Making it
-
-
-def _make() -> None:
-    """Environment → the kernel's packages behind its own → the pinned rest → proof → seal."""
-    _refuse_old_torch()
-    installer = _installer()
-    say(f"Making {store.shown(ENGINE)} for the engine: once, a few minutes; this Python's packages stay as they are")
-    if ENGINE.exists():  # not made to its end, or for another Python
-        shutil.rmtree(ENGINE)
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    LOG.write_text("", encoding="utf-8")
-    with progress("Engine's environment") as update, TemporaryDirectory() as folder:
-        _run([sys.executable, "-m", "venv", "--without-pip", str(ENGINE)], update)
-        _show_kernel_packages()
-        _run([*installer, "-r", str(REQUIREMENTS), *_pins(Path(folder), with_uv="uv" in Path(installer[0]).name)], update)
-        update(1, total=1, note="trying it")
-        _prove(probe(_python()))
-    store.write_json(ENGINE / SEALED, _facts())
+def _recipe() -> "Recipe":
+    """The engine's environment."""
+    facts = {"requirements_sha256": store.hash_file(REQUIREMENTS), "constraints_sha256": store.hash_file(CONSTRAINTS)}
+    return Recipe(
+        name="The engine",
+        folder=ENGINE,
+        log=LOG,
+        setup=SETUP,
+        requirements=REQUIREMENTS.read_text(encoding="utf-8").splitlines(),
+        constraints=CONSTRAINTS.read_text(encoding="utf-8").splitlines(),
+        shown=kernel_folders(),
+        facts={**facts, **kernel_facts()},
+    )
 
 
 def _refuse_old_torch() -> None:
@@ -143,70 +118,157 @@ def _refuse_old_torch() -> None:
         )
 
 
-def _installer() -> list[str]:
-    """The command that installs into `.train-env`, up to what is to be installed."""
-    if uv := shutil.which("uv"):
-        return [uv, "pip", "install", "--python", str(_python())]
-    if find_spec("pip"):
-        return [sys.executable, "-m", "pip", "--python", str(_python()), "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    raise BackendError("Neither uv nor pip is there to make the engine's environment with. Install one of them: python -m ensurepip")
-
-
-def _show_kernel_packages() -> None:
-    # a .pth file, since --system-site-packages would show the Python under a virtual environment and not the environment itself
-    (packages,) = (ENGINE / "lib").glob("python*/site-packages")
-    (packages / "kernel.pth").write_text("".join(f"{folder}\n" for folder in kernel_folders()), encoding="utf-8")
-
-
-def _pins(folder: Path, with_uv: bool) -> list[str]:
-    """Options that ask for the pinned versions, and keep the kernel's torch where it has one.
-
-    pip sees the kernel's packages and is told to want exactly that torch; uv looks at an environment's own alone, and leaves it out.
-    """
-    torch, lines = installed("torch"), CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    if torch is None:
-        return ["-c", str(CONSTRAINTS)]
-    pins, without = folder / "constraints.txt", folder / "overrides.txt"
-    others = [line for line in lines if not line.startswith("torch==")]
-    pins.write_text("\n".join(others + ([] if with_uv else [f"torch=={torch}"])) + "\n", encoding="utf-8")
-    without.write_text("torch; python_version < '3'\n", encoding="utf-8")
-    return ["-c", str(pins), *(["--override", str(without)] if with_uv else [])]
-
-
-def _run(command: list[str], update) -> None:
-    """Run one step to its end, its output to the log and its latest line to the progress line. Raises BackendError with the log's end."""
-    with open(LOG, "a", encoding="utf-8") as log:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        child = subprocess.Popen(command, encoding="utf-8", errors="replace", **pipes)
-        try:
-            for number, line in enumerate(child.stdout, start=1):
-                log.write(line)
-                log.flush()
-                update(number, note=shortened(line, 60))
-            status = child.wait()
-        finally:
-            child.kill()
-            child.stdout.close()
-    if status:
-        raise _failure(f"exit status {status}")
-
-
-def _failure(what: str) -> BackendError:
-    tail = [line for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-LOG_TAIL_LINES:]
-    message = (
-        f"The engine's environment could not be made: {what}. It needs a network that reaches the package index, and free disk; "
-        f"then run `{SETUP}` again. The end of {store.shown(LOG)}:"
-    )
-    return BackendError("\n".join([message, *[f"  | {shortened(line, 300)}" for line in tail]]))
-
-
 def _prove(found: dict) -> None:
     """Raise BackendError unless the new environment has all that it should, and the kernel's own torch."""
     ours = installed("torch")
     if found["lacking"]:
-        raise _failure(f"it still lacks {_listed(found['lacking'])}")
+        raise failure(_recipe(), f"it still lacks {_listed(found['lacking'])}")
     if ours is not None and (found["torch"] != ours or Path(found["torch_folder"]).is_relative_to(ENGINE)):
-        raise _failure(f"it holds torch {found['torch']} of its own, in place of this Python's {ours}")
+        raise failure(_recipe(), f"it holds torch {found['torch']} of its own, in place of this Python's {ours}")
+
+
+# Making an environment
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An environment beside the kernel's own.
+
+    name          what messages call it, at the beginning of a sentence
+    folder        where it stands
+    log           the file that gets what its making prints
+    setup         the call that makes it
+    requirements  what is installed, a line each, as pip reads them
+    constraints   the versions to keep to, a line each, as pip reads them
+    shown         folders whose packages it sees behind its own, in this order
+    facts         what it is made for: when any of it changes, it is made anew
+    """
+
+    name: str
+    folder: Path
+    log: Path
+    setup: str
+    requirements: list[str]
+    constraints: list[str]
+    shown: list[str]
+    facts: dict
+
+
+def kernel_folders() -> list[str]:
+    """The folders of this Python's packages, in the order in which it looks into them."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()]
+
+
+def kernel_facts(shared: bool = True) -> dict:
+    """What an environment depends on in the running Python; its packages only where they are shared."""
+    packages = {"kernel": kernel_folders(), "kernel_torch": installed("torch")} if shared else {}
+    return {"python": platform.python_version(), **packages}
+
+
+def python_of(folder: Path) -> Path:
+    """An environment's interpreter."""
+    return folder / "bin" / "python"
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether an environment stands that was made to its end, for what is asked now."""
+    try:
+        return python_of(recipe.folder).exists() and store.read_json(recipe.folder / SEALED) == recipe.facts
+    except DataError:
+        return False
+
+
+def make(recipe: Recipe, prove: Callable[[Path, Callable], None]) -> None:
+    """Environment → the packages behind its own → what it needs → proof → seal.
+
+    prove  called with the new interpreter and the progress line's update; raises what `failure` gives where the environment is no good
+    Raises BackendError with the end of the log; then nothing half-made stays.
+    """
+    installer = _installer(recipe.folder)
+    say(f"Making {store.shown(recipe.folder)}: once, a few minutes; this Python's packages stay as they are")
+    try:
+        _remove(recipe.folder)  # not made to its end, or for something else
+        recipe.log.parent.mkdir(parents=True, exist_ok=True)
+        recipe.log.write_text("", encoding="utf-8")
+        with progress(f"{recipe.name}'s environment") as update, TemporaryDirectory() as folder:
+            run([sys.executable, "-m", "venv", "--without-pip", str(recipe.folder)], recipe, update)
+            _show_packages(recipe)
+            run([*installer, *_options(recipe, Path(folder), with_uv="uv" in Path(installer[0]).name)], recipe, update)
+            update(1, total=1, note="trying it")
+            prove(python_of(recipe.folder), update)
+        store.write_json(recipe.folder / SEALED, recipe.facts)
+    except BaseException as error:
+        shutil.rmtree(recipe.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise failure(recipe, shortened(error)) from error
+        raise
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _installer(folder: Path) -> list[str]:
+    """The command that installs into an environment, up to what is to be installed."""
+    python = str(python_of(folder))
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--python", python]
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    raise BackendError("Neither uv nor pip is there to make an environment with. Install one of them: python -m ensurepip")
+
+
+def _show_packages(recipe: Recipe) -> None:
+    # a .pth file, since --system-site-packages would show the Python under a virtual environment and not the environment itself
+    if broken := [folder for folder in recipe.shown if "\n" in folder or "\r" in folder]:
+        raise failure(recipe, f"{shortened(repr(broken[0]))} has a line break in its name; rename it")  # Python would run what follows it
+    (packages,) = (recipe.folder / "lib").glob("python*/site-packages")
+    (packages / "kernel.pth").write_text("".join(f"{folder}\n" for folder in recipe.shown), encoding="utf-8")
+
+
+def _options(recipe: Recipe, folder: Path, with_uv: bool) -> list[str]:
+    """Options that ask for what a recipe needs in its versions, and keep the kernel's torch where it has one.
+
+    pip sees the kernel's packages and is told to want exactly that torch; uv looks at an environment's own alone, and leaves it out.
+    """
+    torch, pins = installed("torch"), recipe.constraints
+    if torch:
+        pins = [line for line in pins if not line.startswith("torch==")] + ([] if with_uv else [f"torch=={torch}"])
+    files = {"requirements": recipe.requirements, "constraints": pins, "overrides": ["torch; python_version < '3'"]}
+    for name, lines in files.items():
+        (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    without_torch = ["--override", str(folder / "overrides.txt")] if with_uv and torch else []
+    return ["-r", str(folder / "requirements.txt"), "-c", str(folder / "constraints.txt"), *without_torch]
+
+
+def run(command: list[str], recipe: Recipe, update: Callable) -> None:
+    """Run one step to its end, its output to the log and its latest line to the progress line. Raises BackendError with the log's end."""
+    heard = count(1)
+    ended = process.run(
+        command, recipe.log, lambda line: update(next(heard), note=shortened(line, 60)), append=True, clean=without_credentials
+    )
+    if ended.status:
+        raise failure(recipe, process.how_it_ended(ended.status))
+
+
+def without_credentials(line: str) -> str:
+    """A line without the user name and password that an address in it may carry, as a private package index's does."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "***@", line)
+
+
+def failure(recipe: Recipe, what: str) -> BackendError:
+    """The error for an environment that could not be made, with the end of the log."""
+    message = (
+        f"{recipe.name}'s environment could not be made: {what}. It needs a network that reaches the package index, and free disk; "
+        f"then run `{recipe.setup}` again. The end of {store.shown(recipe.log)}:"
+    )
+    return BackendError("\n".join([message, *process.tail(recipe.log)]))
+
+
+def holds(folder: Path, package: str) -> bool:
+    """Whether an environment has a package of its own."""
+    return any((folder / "lib").glob(f"python*/site-packages/{package}"))
 
 
 # What an interpreter brings
@@ -215,12 +277,13 @@ def _prove(found: dict) -> None:
 def probe(python: str | Path) -> dict:
     """What an interpreter brings, asked in a process of its own, so that this one loads no torch and holds no GPU memory.
 
-    Returns {"python", "torch", "torch_folder", "versions": {package: version}, "lacking", "gpu": {"name", "gib", "capability"} or None}.
+    Returns {"python", "torch", "torch_folder", "versions": {package: version}, "optional": {package: version or None}, "lacking",
+    "gpu": {"name", "gib", "capability", "bf16"} or None}.
     Raises BackendError where its packages do not load.
     """
     done = subprocess.run([str(python), "-m", "distill.environment"], cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        tail = "\n".join(f"  | {line}" for line in done.stderr.splitlines()[-LOG_TAIL_LINES:])
+        tail = "\n".join(f"  | {line}" for line in done.stderr.splitlines()[-process.LOG_TAIL_LINES :])
         raise BackendError(f"The engine's packages do not load in {python}. Remove {store.shown(ENGINE)} and run `{SETUP}`.\n{tail}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -235,9 +298,11 @@ def main() -> None:
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         gpu = {"name": facts.name, "gib": round(facts.total_memory / 2**30, 1), "capability": f"{facts.major}.{facts.minor}"}
+        gpu["bf16"] = facts.major >= 8  # before that it is emulated, and slow
     versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)} | {"datasets": version("datasets")}
     found = {"python": platform.python_version(), "torch": version("torch"), "torch_folder": str(Path(torch.__file__).parent)}
-    print(json.dumps({**found, "versions": versions, "lacking": lacking_packages(), "gpu": gpu}))
+    optional = {name: installed(name) for name in OPTIONAL}
+    print(json.dumps({**found, "versions": versions, "optional": optional, "lacking": lacking_packages(), "gpu": gpu}))
 
 
 if __name__ == "__main__":

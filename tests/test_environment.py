@@ -1,5 +1,6 @@
 """Which interpreter trains, and the environment that is made where the running one cannot."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ def make_sealed(folder) -> None:
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
-    (folder / environment.SEALED).write_text(json.dumps(environment._facts()))
+    (folder / environment.SEALED).write_text(json.dumps(environment._recipe().facts))
 
 
 def test_this_python_trains_where_it_has_all():
@@ -40,8 +41,8 @@ def test_this_python_trains_where_it_has_all():
 
 def test_the_engine_starts_the_python_that_was_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "engine_python", lambda: ("/no/such/python", ""))
-    with pytest.raises(FileNotFoundError, match="/no/such/python"):
-        engine.run_module("distill.train", [], tmp_path / "log", lambda event: None)
+    ended = engine.run_module("distill.train", [], tmp_path / "log", lambda event: None)
+    assert ended.status == 127 and "/no/such/python" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,13 @@ def test_an_environment_for_other_versions_is_not_taken(bare, changed):
         environment.engine_python()
 
 
+def test_an_environment_whose_seal_cannot_be_read_is_not_taken(bare):
+    make_sealed(environment.ENGINE)
+    (environment.ENGINE / environment.SEALED).write_text("{")
+    with pytest.raises(BackendError, match="cannot train"):
+        environment.engine_python()
+
+
 @pytest.mark.parametrize("what", ["kernel_torch", "python", "kernel"])
 def test_an_environment_for_another_kernel_is_not_taken(bare, what):
     make_sealed(environment.ENGINE)
@@ -104,29 +112,35 @@ def test_an_environment_without_its_seal_is_not_taken(bare):
 
 
 def test_setup_does_nothing_where_this_python_can_train(monkeypatch, capsys):
-    monkeypatch.setattr(environment, "_make", lambda: pytest.fail("an environment was made"))
+    monkeypatch.setattr(environment, "make", lambda recipe, prove: pytest.fail("an environment was made"))
     assert environment.setup_engine() == sys.executable
     assert "has all that the engine needs" in capsys.readouterr().out
 
 
+def pins_and_options(folder, with_uv: bool) -> tuple[list[str], list[str]]:
+    options = environment._options(environment._recipe(), folder, with_uv)
+    return (folder / "constraints.txt").read_text().split(), options
+
+
 def test_pip_is_held_to_the_kernels_torch(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "installed", lambda package: "2.11.0+cu128")
-    options = environment._pins(tmp_path, with_uv=False)
-    assert options[0] == "-c" and len(options) == 2
-    assert (tmp_path / "constraints.txt").read_text().split() == ["rich==15.0.0", "torch==2.11.0+cu128"]
+    pins, options = pins_and_options(tmp_path, with_uv=False)
+    assert pins == ["rich==15.0.0", "torch==2.11.0+cu128"] and options[::2] == ["-r", "-c"]
+    assert (tmp_path / "requirements.txt").read_text() == LACKING
 
 
 def test_uv_leaves_torch_out(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "installed", lambda package: "2.11.0+cu128")
-    options = environment._pins(tmp_path, with_uv=True)
-    assert options[2] == "--override"
+    pins, options = pins_and_options(tmp_path, with_uv=True)
+    assert pins == ["rich==15.0.0"] and options[4] == "--override"
     assert (tmp_path / "overrides.txt").read_text() == "torch; python_version < '3'\n"
-    assert "torch" not in (tmp_path / "constraints.txt").read_text()
 
 
-def test_a_kernel_without_torch_gets_the_pinned_one(bare, tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_uv", [False, True])
+def test_a_kernel_without_torch_gets_the_pinned_one(bare, tmp_path, monkeypatch, with_uv):
     monkeypatch.setattr(environment, "installed", lambda package: None)
-    assert environment._pins(tmp_path, with_uv=False) == ["-c", str(environment.CONSTRAINTS)]
+    pins, options = pins_and_options(tmp_path, with_uv)
+    assert pins == ["rich==15.0.0", "torch==0.0.1"] and "--override" not in options
 
 
 def test_an_old_torch_of_the_kernel_is_refused_and_never_replaced(bare, monkeypatch):
@@ -140,7 +154,7 @@ def test_without_an_installer_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     monkeypatch.setattr(environment, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match="Neither uv nor pip"):
-        environment._installer()
+        environment._installer(environment.ENGINE)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +185,9 @@ def pip_for_this_python(monkeypatch):
             break
     else:
         pytest.skip("no pip is here")
-    command = [python, "-m", "pip", "--python", str(environment.ENGINE / "bin" / "python"), "install"]
-    monkeypatch.setattr(environment, "_installer", lambda: command)
+    monkeypatch.setattr(
+        environment, "_installer", lambda folder: [python, "-m", "pip", "--python", str(environment.python_of(folder)), "install"]
+    )
 
 
 def test_a_failed_installation_shows_the_logs_end_and_is_made_anew(bare, pip_for_this_python, monkeypatch):
@@ -182,9 +197,62 @@ def test_a_failed_installation_shows_the_logs_end_and_is_made_anew(bare, pip_for
     with pytest.raises(BackendError, match="could not be made: exit status") as error:
         environment.setup_engine()
     assert "no-such-package" in str(error.value) and "needs a network" in str(error.value)
-    assert not (environment.ENGINE / "half").exists() and not (environment.ENGINE / environment.SEALED).exists()
+    assert not environment.ENGINE.exists()
     with pytest.raises(BackendError, match="cannot train"):
         environment.engine_python()
+
+
+def recipe_in(project, **changes) -> environment.Recipe:
+    """A recipe that needs no network: nothing to install."""
+    recipe = environment.Recipe("The test", project / "env", project / "env.log", "again()", [], [], [str(project)], {"made": "for this"})
+    return dataclasses.replace(recipe, **changes)
+
+
+def install_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(environment, "_installer", lambda folder: [sys.executable, "-c", "print('installing')"])
+
+
+def test_an_environment_sees_the_folders_of_its_recipe_behind_its_own(project, monkeypatch):
+    install_nothing(monkeypatch)
+    recipe = recipe_in(project)
+    assert not environment.is_complete(recipe)
+    environment.make(recipe, lambda python, update: None)
+    code = "import sys; print(sys.path[-1], sys.prefix)"
+    shown = subprocess.run([environment.python_of(recipe.folder), "-I", "-c", code], capture_output=True, text=True).stdout
+    assert shown.split() == [str(project), str(recipe.folder)]
+    assert environment.is_complete(recipe) and not environment.is_complete(recipe_in(project, facts={"made": "for another"}))
+    assert "installing" in recipe.log.read_text()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BackendError("it does not load"), KeyboardInterrupt()])
+def test_an_environment_that_fails_leaves_nothing(project, monkeypatch, error):
+    install_nothing(monkeypatch)
+
+    def prove(python, update):
+        raise error
+
+    recipe = recipe_in(project)
+    with pytest.raises(BackendError if isinstance(error, OSError) else type(error)) as raised:
+        environment.make(recipe, prove)
+    assert not recipe.folder.exists()
+    if isinstance(error, OSError):
+        assert "No space left" in str(raised.value) and "`again()`" in str(raised.value) and "| installing" in str(raised.value)
+
+
+def test_a_folder_whose_name_would_run_as_code_is_refused(project, monkeypatch, tmp_path):
+    install_nothing(monkeypatch)
+    recipe = recipe_in(project, shown=[f"/folder\nimport os; os.mkdir({str(tmp_path / 'pwned')!r})"])
+    with pytest.raises(BackendError, match="has a line break in its name"):
+        environment.make(recipe, lambda python, update: None)
+    assert not (tmp_path / "pwned").exists() and not recipe.folder.exists()
+
+
+def test_the_log_of_an_installation_holds_no_password(project, monkeypatch):
+    line = "Looking in indexes: https://me:secret-password@index.example/simple, https://other.example/a@b"
+    monkeypatch.setattr(environment, "_installer", lambda folder: [sys.executable, "-c", f"print({line!r})"])
+    recipe = recipe_in(project)
+    environment.make(recipe, lambda python, update: None)
+    assert "https://***@index.example/simple, https://other.example/a@b" in recipe.log.read_text()
 
 
 @pytest.mark.slow
@@ -193,7 +261,7 @@ def test_an_environment_is_made_that_sees_this_pythons_packages(bare, pip_for_th
     package.mkdir()
     (package / "pyproject.toml").write_text('[project]\nname = "no-such-package"\nversion = "1.0"\n[tool.setuptools]\npy-modules = []\n')
     wheels = tmp_path / "wheels"
-    make_wheel = [environment._installer()[0], "-m", "pip", "wheel", "--no-deps", "-w", str(wheels), str(package)]
+    make_wheel = [environment._installer(environment.ENGINE)[0], "-m", "pip", "wheel", "--no-deps", "-w", str(wheels), str(package)]
     done = subprocess.run(make_wheel, capture_output=True)
     if done.returncode:
         pytest.skip("setuptools cannot be had here, so no wheel can be made")
