@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11;
 RUN := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint notebook bench-demo micro setup clean
+.PHONY: demo test test-slow test-easydistill lint notebook bench-demo micro setup clean
 
 setup: $(READY)
 
@@ -24,6 +24,11 @@ test: $(READY)
 test-slow: $(READY)
 	@$(RUN) -m pytest
 
+# Needs the real EasyDistill: EASYDISTILL_HOME=CHECKOUT_OF_1.0:CHECKOUT_OF_2.0 make test-easydistill
+test-easydistill: $(READY)
+	@$(RUN) distill_app.py setup-easydistill 1 2
+	@$(RUN) -m pytest -m easydistill
+
 lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -38,4 +43,4 @@ micro: $(READY)
 	@$(RUN) distill_app.py build-micro
 
 clean:
-	rm -rf .venv .train-env runs reports .pytest_cache .ruff_cache
+	rm -rf .venv .train-env .easydistill runs reports .pytest_cache .ruff_cache

@@ -8,12 +8,16 @@
 from distill.chat import chat
 from distill.compare import Comparison, compare_models
 from distill.data import prepare_system1_dataset
+from distill.doctor import doctor
+from distill.easydistill import setup_easydistill
+from distill.endpoint import Endpoint
 from distill.environment import setup_engine
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
 from distill.generation import infer_student
 from distill.label import label_with_teacher
 from distill.models import load_student, load_teacher
-from distill.notebook import ask_student, choose_models, plot_loss, setup_lab, show_memory, show_training_row
+from distill.notebook import ask_student, choose_models, plot_loss, setup_lab, show_memory, show_training_row, trace_arguments
+from distill.own_traces import write_traces
 from distill.pipeline import distill_system1, distill_system2, run_easy_distill, write_system1_config, write_system2_config
 from distill.preparation import Prepared
 from distill.prompt import format_prompt
@@ -26,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DistillError",
+    "Endpoint",
     "PreflightError",
     "Prepared",
     "TrainResult",
@@ -35,6 +40,7 @@ __all__ = [
     "compare_models",
     "distill_system1",
     "distill_system2",
+    "doctor",
     "format_prompt",
     "infer_student",
     "label_with_teacher",
@@ -44,12 +50,15 @@ __all__ = [
     "prepare_system1_dataset",
     "prepare_system2_dataset",
     "run_easy_distill",
+    "setup_easydistill",
     "setup_engine",
     "setup_lab",
     "show_memory",
     "show_training_row",
+    "trace_arguments",
     "write_system1_config",
     "write_system2_config",
+    "write_traces",
 ]
 
 if __name__ == "__main__":

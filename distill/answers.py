@@ -6,6 +6,7 @@ A journal that outlives the process is how labelling goes on after an interrupti
 
 import argparse
 import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from importlib.metadata import version
@@ -45,8 +46,8 @@ def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[s
         store.write_json(file, {"requests": requests, "facts": str(facts)})
         log = run_folder / "answers.log"
         with progress(title, total=sum(len(request["questions"]) for request in requests)) as update:
-            show = lambda event: update(event["done"], note=event["name"])  # noqa: E731
-            ended = engine.run_module("distill.answers", ["--request", str(file)], log, show)
+            arguments = ["--request", str(file)]
+            ended = engine.run_module("distill.answers", arguments, log, lambda event: update(event["done"], note=event["name"]))
         if ended.status or not facts.is_file():
             raise engine.failure(title, ended, log)
         found = store.read_json(facts)
@@ -117,8 +118,6 @@ def main() -> None:
 
 def _answer_one(request: dict, before: int) -> dict:
     """Ask one model, then let it go; returns its facts."""
-    import time
-
     started = time.perf_counter()
     place, reason = device()
     bits = bits_for(request["bits"])

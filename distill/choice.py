@@ -5,16 +5,23 @@ from itertools import islice
 
 from . import store
 from .compare import prompt_problems
+from .config import BACKENDS
 from .data import DISTILQWEN
-from .errors import ConfigError
+from .endpoint import PROMPTS, Endpoint
+from .errors import ConfigError, did_you_mean
 from .generation import MAX_NEW_TOKENS
 from .microlab import MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from .traces import OMNITHOUGHT
 
 MICRO_WORLD_CHOICES = ("auto", "yes", "no")
+TEACHERS = ("dataset", "local-8bit", "endpoint")
 # A short run, to see every step within minutes; the full one takes the form's own numbers.
 SHORT = {"rows_system1": 200, "rows_system2": 100, "epochs": 1}
 MICRO_SLICES = {False: ("train[:6000]", "train[:3000]"), True: ("train", "train")}
+# What the presets ask of the built-in engine alone: LoRA, and batches of rows of one length.
+FOR_EASYDISTILL = {"lora_rank": 0, "group_by_length": False}
+MICRO_TRACES = {False: "train[:1500]", True: "train"}  # for a teacher that is asked for its own
+MICRO_TRACE = {"rows": None, "max_new_tokens": 256}
 MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
 
 
@@ -25,6 +32,10 @@ class Wanted:
     use_micro_world  "auto" decides by GPU and hub, "yes" and "no" force it
     full_run         False caps rows and epochs at SHORT
     rv_…, cd_…       levels 0 to 9; long_share: 0 to 1, or None
+    backend          which engine trains: "auto", "easydistill" or "builtin"
+    teacher          whose answers the students learn from: the "dataset"'s, those of teacher_model ("local-8bit"), or an "endpoint"'s
+    endpoint_url     of an OpenAI-compatible API; empty: the lab serves teacher_model itself
+    endpoint_model   the model's name there; empty: teacher_model
     """
 
     use_micro_world: str = "auto"
@@ -42,7 +53,10 @@ class Wanted:
     long_share: float | None = None
     epochs_system1: int = 3
     epochs_system2: int = 3
-    relabel_with_teacher: bool = False
+    backend: str = "auto"
+    teacher: str = "dataset"
+    endpoint_url: str = ""
+    endpoint_model: str = ""
     compare_prompts: tuple = ()
 
 
@@ -51,6 +65,7 @@ class Choice:
     """What a run uses: each dict is handed on as it is, and may be changed before.
 
     data_system1, data_system2  arguments of prepare_system1_dataset and prepare_system2_dataset
+    traces                      arguments of write_traces, whose traces take the place of the data set's; None where those are learnt
     system1, system2            settings of distill_system1 and distill_system2
     compare                     arguments of compare_models, without the students' paths
     questions                   mode → a question to try the student with
@@ -59,6 +74,7 @@ class Choice:
 
     data_system1: dict
     data_system2: dict
+    traces: dict | None
     system1: dict
     system2: dict
     compare: dict
@@ -72,8 +88,7 @@ def choose(gpu: bool, hub: bool, wanted: Wanted) -> Choice:
     gpu, hub  whether a GPU is there, and whether the model hub answers
     Raises ConfigError for a value that is none of the form's, and for a GPU without a hub.
     """
-    if wanted.use_micro_world not in MICRO_WORLD_CHOICES:
-        raise ConfigError(f"USE_MICRO_WORLD = {wanted.use_micro_world!r}: is not one of {', '.join(MICRO_WORLD_CHOICES)}.")
+    _check(wanted)
     if wanted.use_micro_world == "auto" and gpu and not hub:
         raise ConfigError(
             "There is a GPU, but the model hub cannot be reached, so the Qwen models cannot be loaded. Turn the network on "
@@ -83,6 +98,21 @@ def choose(gpu: bool, hub: bool, wanted: Wanted) -> Choice:
     micro = wanted.use_micro_world == "yes" or (wanted.use_micro_world == "auto" and not gpu)
     reason = _reason(gpu, hub, wanted.use_micro_world)
     return _micro(wanted, reason) if micro else _qwen(wanted, gpu, reason)
+
+
+def _check(wanted: Wanted) -> None:
+    fields = [("USE_MICRO_WORLD", wanted.use_micro_world, MICRO_WORLD_CHOICES), ("TEACHER", wanted.teacher, TEACHERS)]
+    fields.append(("BACKEND", wanted.backend, BACKENDS))
+    problems = [
+        f"{name} = {value!r}: is not one of {', '.join(choices)}.{did_you_mean(value, choices)}"
+        for name, value, choices in fields
+        if value not in choices
+    ]
+    for name, value in (("ENDPOINT_URL", wanted.endpoint_url), ("ENDPOINT_MODEL", wanted.endpoint_model)):
+        if value and wanted.teacher != "endpoint":
+            problems.append(f"{name} = {value!r}: has no effect under TEACHER = {wanted.teacher!r}; set TEACHER = 'endpoint', or empty it.")
+    if problems:
+        raise ConfigError.from_problems("the form", problems)
 
 
 def _reason(gpu: bool, hub: bool, asked: str) -> str:
@@ -108,8 +138,9 @@ def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
     return Choice(
         data_system1={"slice_str": wanted.slice_system1, "rows": rows[0], **_relabelling(wanted, wanted.teacher_model)},
         data_system2={"slice_str": wanted.slice_system2, "rows": rows[1], **windows, "student_model": wanted.student_system2},
-        system1=_settings("system1", wanted.teacher_model, wanted.student_system1) | {"num_epochs": epochs[0]},
-        system2=_settings("system2", wanted.teacher_model, wanted.student_system2) | {"num_epochs": epochs[1]},
+        traces=_tracing(wanted, wanted.teacher_model, {"slice_str": wanted.slice_system2, "rows": rows[1]}),
+        system1=_settings(wanted, "system1", wanted.teacher_model, wanted.student_system1) | {"num_epochs": epochs[0]},
+        system2=_settings(wanted, "system2", wanted.teacher_model, wanted.student_system2) | {"num_epochs": epochs[1]},
         compare={"prompts": prompts, "teacher_path": wanted.teacher_model, "max_tokens_teacher": MAX_NEW_TOKENS["system2"]},
         questions=dict.fromkeys(("system1", "system2"), prompts[0] if isinstance(prompts[0], str) else prompts[0]["prompt"]),
         notes=tuple(notes),
@@ -125,8 +156,9 @@ def _micro(wanted: Wanted, reason: str) -> Choice:
     return Choice(
         data_system1={"slice_str": slices[0], "source": sources["distilqwen"], **_relabelling(wanted, names["teacher"])},
         data_system2={"slice_str": slices[1], "source": sources["omnithought"], "rows": None, "student_model": student2, "max_length": 256},
-        system1=_settings("micro_system1", names["teacher"], names["student_system1"]),
-        system2=_settings("micro_system2", names["teacher"], student2),
+        traces=_tracing(wanted, names["teacher"], {"slice_str": MICRO_TRACES[wanted.full_run], "source": sources["omnithought"], **MICRO_TRACE}),
+        system1=_settings(wanted, "micro_system1", names["teacher"], names["student_system1"]),
+        system2=_settings(wanted, "micro_system2", names["teacher"], student2),
         compare={"prompts": prompts, "teacher_path": names["teacher"]},
         questions={mode: next(one["prompt"] for one in prompts if mode in one["modes"]) for mode in ("system1", "system2")},
         notes=tuple(_micro_notes(wanted, reason, names, sources)),
@@ -150,12 +182,28 @@ def _micro_notes(wanted: Wanted, reason: str, names: dict, sources: dict) -> lis
     ]
 
 
-def _settings(preset: str, teacher: str, student: str) -> dict:
-    return {"preset": preset, "teacher_model": teacher, "student_model": student}
+def _settings(wanted: Wanted, preset: str, teacher: str, student: str) -> dict:
+    settings = {"preset": preset, "teacher_model": teacher, "student_model": student, "backend": wanted.backend}
+    return settings | (FOR_EASYDISTILL if wanted.backend == "easydistill" else {})
 
 
 def _relabelling(wanted: Wanted, teacher: str) -> dict:
-    return {"relabel_with_teacher": True, "teacher_model": teacher} if wanted.relabel_with_teacher else {}
+    if wanted.teacher == "dataset":
+        return {}
+    return {"relabel_with_teacher": True, "teacher_model": _teacher(wanted, teacher)}
+
+
+def _tracing(wanted: Wanted, teacher: str, questions: dict) -> dict | None:
+    return None if wanted.teacher == "dataset" else {"teacher_model": _teacher(wanted, teacher), **questions}
+
+
+def _teacher(wanted: Wanted, teacher: str) -> str | Endpoint:
+    """Whom to ask: a model's name, which is loaded in 8 bits, or an endpoint."""
+    if wanted.teacher != "endpoint":
+        return teacher
+    # the micro teacher reasons of itself, and understands no more words than it was taught
+    prompt = {"prompt_file": str(PROMPTS / "plain.txt")} if teacher == str(MICRO / "teacher") and not wanted.endpoint_url else {}
+    return Endpoint(wanted.endpoint_model or teacher, wanted.endpoint_url or None, **prompt)
 
 
 def micro_prompts(a_system: int = 3) -> list[dict]:

@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="distill_app.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    adders = [_add_demo, _add_prepare_system1, _add_prepare_system2, _add_label, _add_system1, _add_system2, _add_compare, _add_chat]
-    for add in (*adders, _add_build_micro):
+    stages = [_add_demo, _add_prepare_system1, _add_prepare_system2, _add_label, _add_system1, _add_system2, _add_compare, _add_chat]
+    for add in (*stages, _add_doctor, _add_setup_easydistill, _add_build_micro):
         add(commands).add_argument(
             "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"
         )
@@ -280,6 +280,38 @@ def _chat(options) -> dict:
     from .chat import chat
 
     return {"answers": chat(options.path, mode=options.mode, max_new_tokens=options.max_new_tokens)}
+
+
+def _add_doctor(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("doctor", help="show what this machine has, which backend each job would take, and what is missing")
+    parser.set_defaults(run=_doctor)
+    return parser
+
+
+def _doctor(options) -> dict:
+    from .doctor import doctor
+
+    return doctor()
+
+
+def _add_setup_easydistill(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("setup-easydistill", help="fetch EasyDistill into an environment of its own, .easydistill")
+    parser.add_argument(
+        "majors", nargs="*", type=int, metavar="MAJOR", help="1 trains students (default); 2 makes data with a teacher behind an API"
+    )
+    parser.add_argument("--with", nargs="+", default=[], dest="extras", metavar="EXTRA", help="vllm, deepspeed: for 1.x jobs of your own")
+    parser.set_defaults(run=_setup_easydistill)
+    return parser
+
+
+def _setup_easydistill(options) -> dict:
+    from .easydistill import setup_easydistill
+
+    found = setup_easydistill(*options.majors, extras=options.extras)
+    return {
+        f"{major}.x": installation and {"version": installation.version, "home": str(installation.home)}
+        for major, installation in found.items()
+    }
 
 
 def _add_build_micro(commands) -> argparse.ArgumentParser:

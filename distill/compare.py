@@ -138,6 +138,7 @@ def compare_models(
 
 
 def prompt_problems(prompts) -> list[str]:
+    """What is wrong with a list of prompts, in words, each with its place; empty where every one can be asked."""
     if not isinstance(prompts, list | tuple) or not prompts:
         return [f'prompts = {shortened(repr(prompts), 80)}: is no list of prompts. Write e.g. ["What is 17 + 25?"].']
     return [f"prompts[{number}]: {what}" for number, given in enumerate(prompts) if (what := _prompt_problem(given))]
@@ -150,7 +151,7 @@ def _prompt_problem(given) -> str | None:
     text, modes = (given, prompt.MODES) if isinstance(given, str) else (given["prompt"], given["modes"])
     if not isinstance(text, str) or not text.strip():
         return f"{shortened(repr(text), 80)} is no question: write some text."
-    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+    if not prompt.is_unicode(text):
         return "the text holds half of a character (a lone surrogate), which no tokenizer can read. Decode it anew."
     if not isinstance(modes, list | tuple) or not modes or any(mode not in prompt.MODES for mode in modes):
         return f'modes = {shortened(repr(modes), 80)}: use "system1", "system2" or both, in a list.'

@@ -16,7 +16,7 @@ from .errors import ConfigError, DataError, did_you_mean
 PRESETS = store.ROOT / "configs" / "presets"
 TEMPLATE = store.ROOT / "configs" / "easydistill_template.jinja"
 JOB_TYPES = ("kd_black_box_train_only",)
-BACKENDS = ("auto", "builtin")
+BACKENDS = ("auto", "easydistill", "builtin")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
 # one decision under two names: where you say one, the preset's gives way
 ALTERNATIVES = (("warmup_ratio", "warmup_steps"), ("save_strategy", "save_steps"), ("bf16", "fp16"), ("packing", "group_by_length"))
@@ -95,7 +95,9 @@ LAB = {
 }
 LAB_DEFAULTS = {"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0, "packing": False, "sample_answers": 3}
 LORA_ALPHA_PER_RANK = 2
-# What a user's dict holds besides the settings of training and lab.
+# What decides how a job is run, and is not part of it.
+RUN = {"time_limit_minutes": Setting(float, 0.01, 100_000, why="Wall-clock time after which a training is ended; leave it out for none.")}
+# What a user's dict holds besides the settings of training, lab and run.
 USER_KEYS = ("preset", "teacher_model", "student_model", "labeled_path", "out_dir", "config_path", "backend", "template_path", *OTHER_NAMES)
 NEEDED = ("student_model", "labeled_path", "out_dir", "config_path", "num_train_epochs", "max_length", "learning_rate", "seed")
 JOB_SECTIONS = {
@@ -184,7 +186,7 @@ def read_preset(name: str) -> dict:
 
 
 def _unknown_keys(keys: Iterable) -> list[str]:
-    known = (*USER_KEYS, *TRAINING, *LAB)
+    known = (*USER_KEYS, *TRAINING, *LAB, *RUN)
     return [f"{key}: no such setting.{did_you_mean(key, known)}" for key in keys if key not in known]
 
 
@@ -195,8 +197,14 @@ def _flat_problems(values: dict) -> list[str]:
         if key in values and not (isinstance(values[key], str | Path) and str(values[key]).strip()):
             problems.append(f"{key} = {values[key]!r}: is no path or name.")
     if values.get("backend", "auto") not in BACKENDS:
-        problems.append(f"backend = {values['backend']!r}: is not one of {', '.join(BACKENDS)}.")
+        problems.append(backend_problem(values["backend"]))
+    problems += _value_problems(values, RUN, prefix="")
     return problems + _training_problems(values, prefix="") + _lab_problems(values, values, prefix="", training_prefix="")
+
+
+def backend_problem(backend) -> str:
+    """What is wrong with a backend that is none of BACKENDS."""
+    return f"backend = {backend!r}: is not one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}"
 
 
 def _value_problems(values: dict, settings: dict, prefix: str) -> list[str]:

@@ -39,18 +39,18 @@ def say(text: str = "", end: str = "\n") -> None:
 @contextmanager
 def quiet(wanted: bool = True) -> Iterator[None]:
     """Say nothing within the block, where that is wanted."""
-    console.quiet = wanted
+    before, console.quiet = console.quiet, wanted or console.quiet
     try:
         yield
     finally:
-        console.quiet = False
+        console.quiet = before
 
 
-def table(title: str, columns: list[str], rows: list[list]) -> None:
-    """Print a table; all but the first column are aligned to the right."""
+def table(title: str, columns: list[str], rows: list[list], justify: str = "right") -> None:
+    """Print a table; all but the first column are aligned to the right, or as `justify` says."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
-        shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        shown.add_column(column, justify=justify if number else "left", overflow="fold")
     for row in rows:
         shown.add_row(*[_plain(cell) for cell in row])
     console.print(shown)

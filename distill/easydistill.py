@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,9 @@ ABILITIES = {1: "EasyDistill 1.x trains students", 2: "EasyDistill 2.x makes dat
 INSTEAD = {1: "the built-in engine trains in its place", 2: "a teacher that is loaded here labels in its place"}
 # EasyDistill 1.0's own pins, without vLLM and DeepSpeed, and with what it imports and forgot to require
 REQUIREMENTS = ("transformers==4.51.1", "trl==0.17.0", "tokenizers==0.21.1", "jsonlines", "datasets<6", "accelerate<2", "jinja2")
+# What 1.0 can use beside that, and no job of the lab asks for. This vLLM pins a torch of its own and has no build for Python 3.13.
+EXTRAS = {"vllm": "vllm==0.8.5", "deepspeed": "deepspeed"}
+VLLM_PYTHONS = ((3, 12), (3, 11), (3, 10))
 RUNS_ON = {
     1: ("torch", "transformers", "trl", "tokenizers", "datasets", "accelerate", "jsonlines"),
     2: ("openai", "pydantic", "httpx", "pyyaml", "langgraph"),
@@ -206,24 +211,27 @@ def _ask(python: Path, major: int, origin: str, checkout: Path | None = None) ->
 # Installing
 
 
-def setup_easydistill(*majors: int) -> dict[int, Installation | None]:
+def setup_easydistill(*majors: int, extras: Iterable[str] = ()) -> dict[int, Installation | None]:
     """Make sure that EasyDistill is there, in an environment of its own; the running Python's packages stay as they are.
 
     majors  1 (trains; the default), 2 (makes data with a teacher behind an API), or both
+    extras  "vllm" and "deepspeed", for 1.x jobs of your own; no job of the lab needs them, and vLLM brings a torch of its own
     Fetches what is missing, which takes a few minutes and a network. Where that cannot be, says why and what works without.
-    Returns {major: its installation, or None}. Raises ConfigError for a number that no EasyDistill has.
+    Returns {major: its installation, or None}. Raises ConfigError for a number that no EasyDistill has, and for other extras.
     """
+    if unknown := sorted(set(extras) - EXTRAS.keys()):
+        raise ConfigError(f"There is no extra {unknown[0]!r}; there are {', '.join(EXTRAS)}.")
     if wrong := [major for major in majors if major not in TAGS]:
         raise ConfigError(f"There is no EasyDistill {wrong[0]!r}.x. {_abilities()} Ask for 1, 2 or both.")
-    return {major: _set_up(major) for major in majors or (1,)}
+    return {major: _set_up(major, sorted(extras) if major == 1 else []) for major in majors or (1,)}
 
 
-def _set_up(major: int) -> Installation | None:
+def _set_up(major: int, extras: list[str]) -> Installation | None:
     installation, reason = find(major)
-    if installation is None:
+    if installation is None or set(extras) - set(_extras(major)):
         try:
             with store.lock(_own_environment(major)):
-                _install(major)
+                _install(major, extras)
             installation, reason = find(major)
         except (DistillError, OSError) as error:
             reason = str(error)
@@ -233,7 +241,7 @@ def _set_up(major: int) -> Installation | None:
     return installation
 
 
-def _install(major: int) -> None:
+def _install(major: int, extras: list[str]) -> None:
     """A checkout, fetched if there is none → its environment."""
     if os.environ.get(HOME, "").strip():
         checkout = _named_checkout(major)
@@ -241,7 +249,7 @@ def _install(major: int) -> None:
         checkout = _own_checkout(major)
         if major_of(checkout / "easydistill") != major:
             _fetch(major, checkout)
-    recipe = _recipe(checkout, major)
+    recipe = _recipe(checkout, major, extras)
     environment.make(recipe, lambda python, update: _prove(python, recipe, major, update))
 
 
@@ -284,10 +292,15 @@ def _own_environment(major: int) -> Path:
     return store.ROOT / FOLDER / f"env-{major}"
 
 
-def _recipe(checkout: Path, major: int) -> Recipe:
-    """The environment for a checkout, which is put on its path as it is. 1.x shares the kernel's torch; 2.x needs nothing of the kernel."""
-    requirements = list(REQUIREMENTS) if major == 1 else _required_by(checkout)
-    kernel = environment.kernel_folders() if major == 1 else []
+def _recipe(checkout: Path, major: int, extras: list[str] | None = None) -> Recipe:
+    """The environment for a checkout, which is put on its path as it is. 1.x shares the kernel's torch; 2.x needs nothing of the kernel.
+
+    extras  names of EXTRAS; None: those that it was made with
+    """
+    extras = _extras(major) if extras is None else extras
+    requirements = [*REQUIREMENTS, *(EXTRAS[name] for name in extras)] if major == 1 else _required_by(checkout)
+    alone = "vllm" in extras
+    kernel = environment.kernel_folders() if major == 1 and not alone else []
     return Recipe(
         name=f"EasyDistill {major}.x",
         folder=_own_environment(major),
@@ -296,8 +309,26 @@ def _recipe(checkout: Path, major: int) -> Recipe:
         requirements=requirements,
         constraints=[],
         shown=[str(checkout), *kernel],
-        facts={"checkout": str(checkout), "requirements": requirements, **environment.kernel_facts(shared=bool(kernel))},
+        facts={"checkout": str(checkout), "requirements": requirements, "extras": extras, **environment.kernel_facts(shared=bool(kernel))},
+        python=_python_with_vllm() if alone else sys.executable,
+        own_torch=alone,
     )
+
+
+def _extras(major: int) -> list[str]:
+    """The extras that the lab's own environment was made with."""
+    seal = _own_environment(major) / environment.SEALED
+    return store.read_json(seal).get("extras", []) if store.is_file(seal) else []
+
+
+def _python_with_vllm() -> str:
+    """An interpreter that 1.0's vLLM has a build for: the running one, or another on PATH."""
+    if sys.version_info[:2] in VLLM_PYTHONS:
+        return sys.executable
+    found = next((path for major, minor in VLLM_PYTHONS if (path := shutil.which(f"python{major}.{minor}"))), None)
+    if found is None:
+        raise BackendError("vLLM 0.8.5 has no build for this Python, and none of 3.12, 3.11 and 3.10 is on PATH. Install one of them.")
+    return found
 
 
 def _required_by(checkout: Path) -> list[str]:
@@ -311,6 +342,6 @@ def _required_by(checkout: Path) -> list[str]:
 def _prove(python: Path, recipe: Recipe, major: int, update) -> None:
     """Raise BackendError unless a new environment loads what EasyDistill loads, and holds no torch of its own where the kernel has one."""
     environment.run([str(python), "-I", *PROOFS[major]], recipe, update)
-    if major == 1 and environment.installed("torch") and environment.holds(recipe.folder, "torch"):
+    if major == 1 and not recipe.own_torch and environment.installed("torch") and environment.holds(recipe.folder, "torch"):
         raise environment.failure(recipe, "it holds a torch of its own, in place of this Python's")
     _ask(python, major, FOLDER)

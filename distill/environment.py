@@ -142,6 +142,8 @@ class Recipe:
     constraints   the versions to keep to, a line each, as pip reads them
     shown         folders whose packages it sees behind its own, in this order
     facts         what it is made for: when any of it changes, it is made anew
+    python        the interpreter that it is made with
+    own_torch     whether it gets a torch of its own, whatever the running Python has
     """
 
     name: str
@@ -152,6 +154,8 @@ class Recipe:
     constraints: list[str]
     shown: list[str]
     facts: dict
+    python: str = sys.executable
+    own_torch: bool = False
 
 
 def kernel_folders() -> list[str]:
@@ -191,7 +195,7 @@ def make(recipe: Recipe, prove: Callable[[Path, Callable], None]) -> None:
         recipe.log.parent.mkdir(parents=True, exist_ok=True)
         recipe.log.write_text("", encoding="utf-8")
         with progress(f"{recipe.name}'s environment") as update, TemporaryDirectory() as folder:
-            run([sys.executable, "-m", "venv", "--without-pip", str(recipe.folder)], recipe, update)
+            run([recipe.python, "-m", "venv", "--without-pip", str(recipe.folder)], recipe, update)
             _show_packages(recipe)
             run([*installer, *_options(recipe, Path(folder), with_uv="uv" in Path(installer[0]).name)], recipe, update)
             update(1, total=1, note="trying it")
@@ -232,7 +236,7 @@ def _options(recipe: Recipe, folder: Path, with_uv: bool) -> list[str]:
 
     pip sees the kernel's packages and is told to want exactly that torch; uv looks at an environment's own alone, and leaves it out.
     """
-    torch, pins = installed("torch"), recipe.constraints
+    torch, pins = None if recipe.own_torch else installed("torch"), recipe.constraints
     if torch:
         pins = [line for line in pins if not line.startswith("torch==")] + ([] if with_uv else [f"torch=={torch}"])
     files = {"requirements": recipe.requirements, "constraints": pins, "overrides": ["torch; python_version < '3'"]}

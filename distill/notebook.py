@@ -20,8 +20,10 @@ from .compare import reasoning
 from .compare_page import visible
 from .config import model_name
 from .console import say
+from .easydistill import setup_easydistill
 from .errors import ConfigError, DataError
 from .evaluate import final_answer
+from .own_traces import write_traces
 
 HUB_SECONDS = 10
 LOOK = "padding:8px;border:1px solid #8886;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere"
@@ -43,13 +45,15 @@ class Machine:
 
 
 def setup_lab() -> Machine:
-    """Take HF_TOKEN, make the engine's environment where one is needed, and say what this machine is.
+    """Take HF_TOKEN, make the engine's environment where one is needed, fetch EasyDistill 1.x, and say what this machine is.
 
+    Where EasyDistill cannot be fetched, that is said, and the built-in engine trains in its place.
     Raises BackendError where the engine's environment cannot be made.
     """
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's wish for ipywidgets, which the lab's own bars do without
     say(_take_token())
     found = environment.probe(environment.setup_engine())
+    setup_easydistill(1)
     machine = Machine(found["gpu"], hub_answers(), found["versions"])
     gpu = "none"
     if machine.gpu:
@@ -103,7 +107,14 @@ def choose_models(machine: Machine, **wanted) -> Choice:
     chosen = choose(gpu=machine.gpu is not None, hub=machine.hub, wanted=Wanted(**wanted))
     for note in chosen.notes:
         say(note)
+    if wanted.get("teacher") == "endpoint":
+        setup_easydistill(2)
     return chosen
+
+
+def trace_arguments(chosen: Choice) -> dict:
+    """The arguments of prepare_system2_dataset. Where the students learn from a teacher of their own, it is asked for its traces first."""
+    return chosen.data_system2 | ({"source": write_traces(**chosen.traces), "slice_str": "train"} if chosen.traces else {})
 
 
 # Memory

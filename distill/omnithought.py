@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .errors import DataError, shortened
-from .prompt import REASONING_TAGS, format_prompt, is_unicode
+from .prompt import REASONING_TAGS, format_prompt, is_trace, is_unicode
 from .selection import HIGHEST, LOWEST, Limits, Trace, is_level
 from .sources import Source
 
@@ -122,7 +122,7 @@ def _read_trace(schema: Schema, values: dict) -> Trace | str:
         return "a trace or teacher that is no valid Unicode"
     opened, closed = REASONING_TAGS
     output = texts[0].strip() if len(texts) == 1 else f"{opened}\n{texts[0].strip()}\n{closed}\n\n{texts[1].strip()}"
-    if not _has_form(output):
+    if not is_trace(output):
         return OTHER_FORM
     levels = {field: _plain_value(known[field]) for field in ("rv", "cd") if field in known}
     if not all(map(is_level, levels.values())):
@@ -131,14 +131,6 @@ def _read_trace(schema: Schema, values: dict) -> Trace | str:
     if not isinstance(correct, bool | int | float):
         return "no verdict on its correctness"
     return Trace(output, correct >= 1, teacher=known.get("teacher") or None, **levels)
-
-
-def _has_form(output: str) -> bool:
-    """Whether an output is one thought between tags of its own, then a solution, neither of them empty."""
-    opened, closed = REASONING_TAGS
-    thought, _, solution = output.removeprefix(opened).partition(closed)
-    once = output.startswith(opened) and output.count(opened) == output.count(closed) == 1
-    return once and bool(thought.strip() and solution.strip())
 
 
 def _plain_value(value):

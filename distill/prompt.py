@@ -33,6 +33,14 @@ def format_prompt(instruction: str, input_text: str = "", mode: str = "system1")
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 
+def is_trace(output: str) -> bool:
+    """Whether an output is one thought between tags of its own, then a solution, neither of them empty."""
+    opened, closed = REASONING_TAGS
+    thought, _, solution = output.removeprefix(opened).partition(closed)
+    once = output.startswith(opened) and output.count(opened) == output.count(closed) == 1
+    return once and bool(thought.strip() and solution.strip())
+
+
 def row_id(instruction: str, input_text: str = "") -> str:
     """A row's id: the first 16 hex digits of the SHA-256 of its question, as it is asked plainly."""
     return hash_json(format_prompt(instruction, input_text))[:16]

@@ -47,7 +47,7 @@ def test_all_problems_are_named_at_once_each_with_its_value_and_the_nearest_name
     assert any(line.startswith("max_length = 0: lies outside 2 to ") and "Set 64 to 4096" in line for line in lines)
     assert any(line.startswith("seed = -1: lies outside 0 to ") for line in lines)
     assert any(line.startswith("lr_scheduler_type = 'cosin'") and "Did you mean cosine?" in line for line in lines)
-    assert "backend = 'gpu': is not one of auto, builtin." in lines
+    assert "backend = 'gpu': is not one of auto, easydistill, builtin." in lines
 
 
 def test_a_name_that_is_near_nothing_gets_no_suggestion(project):

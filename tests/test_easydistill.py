@@ -389,3 +389,33 @@ def test_an_interrupted_installation_is_made_anew(tmp_path, project, stand_in_in
     make_environment(half, all_of(1))
     assert "not to its end" in say_no(1)
     assert easydistill.setup_easydistill()[1].python.is_relative_to(half)
+
+
+# What nobody needs unless asked
+
+
+def recipe_with(tmp_path, monkeypatch, extras):
+    monkeypatch.setattr(easydistill.store, "ROOT", tmp_path)
+    return easydistill._recipe(tmp_path / "checkout", 1, extras)
+
+
+def test_neither_vllm_nor_deepspeed_is_installed_unless_asked_for(tmp_path, monkeypatch):
+    plain, asked = recipe_with(tmp_path, monkeypatch, []), recipe_with(tmp_path, monkeypatch, ["deepspeed"])
+    assert not [line for line in plain.requirements if line.startswith(("vllm", "deepspeed"))]
+    assert asked.requirements == [*plain.requirements, "deepspeed"] and not asked.own_torch and asked.python == sys.executable
+
+
+def test_vllm_gets_a_torch_of_its_own_and_a_python_that_it_has_a_build_for(tmp_path, monkeypatch):
+    recipe = recipe_with(tmp_path, monkeypatch, ["vllm"])
+    assert recipe.own_torch and recipe.shown == [str(tmp_path / "checkout")] and "vllm==0.8.5" in recipe.requirements
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    monkeypatch.setattr(easydistill.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "python3.11" else None)
+    assert recipe_with(tmp_path, monkeypatch, ["vllm"]).python == "/usr/bin/python3.11"
+    monkeypatch.setattr(easydistill.shutil, "which", lambda name: None)
+    with pytest.raises(BackendError, match="no build for this Python"):
+        recipe_with(tmp_path, monkeypatch, ["vllm"])
+
+
+def test_another_extra_is_refused():
+    with pytest.raises(ConfigError, match="no extra 'vlm'; there are vllm, deepspeed"):
+        easydistill.setup_easydistill(1, extras=["vlm"])

@@ -22,7 +22,7 @@ CELLS = json.loads((ROOT / "notebook.ipynb").read_text(encoding="utf-8"))["cells
 CODE = [(number, "".join(cell["source"])) for number, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 FIELDS = """
     LAB_REPO TEACHER_MODEL STUDENT_SYS1 STUDENT_SYS2 FULL_RUN USE_MICRO_WORLD DATASET_SLICE_SYS1 DATASET_SLICE_SYS2 ROWS_SYS2
-    RV_MIN RV_MAX CD_MIN CD_MAX LONG_SHARE EPOCHS_SYS1 EPOCHS_SYS2 RELABEL_WITH_TEACHER COMPARE_PROMPTS
+    RV_MIN RV_MAX CD_MIN CD_MAX LONG_SHARE EPOCHS_SYS1 EPOCHS_SYS2 BACKEND TEACHER ENDPOINT_URL ENDPOINT_MODEL COMPARE_PROMPTS
 """.split()  # noqa: SIM905
 SECRET = "hf_aSecretThatNobodyMayRead"
 
@@ -150,10 +150,45 @@ def test_a_short_run_asks_for_no_more_than_the_form():
 
 
 @pytest.mark.parametrize("micro", ["yes", "no"])
-def test_the_teacher_relabels_where_asked(micro):
-    chosen = choose(True, True, Wanted(use_micro_world=micro, relabel_with_teacher=True))
+def test_a_local_teacher_labels_and_writes_traces_where_asked(micro):
+    chosen = choose(True, True, Wanted(use_micro_world=micro, teacher="local-8bit"))
     assert chosen.data_system1["relabel_with_teacher"] is True
-    assert chosen.data_system1["teacher_model"] == chosen.compare["teacher_path"]
+    assert chosen.data_system1["teacher_model"] == chosen.traces["teacher_model"] == chosen.compare["teacher_path"]
+
+
+@pytest.mark.parametrize("micro", ["yes", "no"])
+def test_the_data_sets_own_answers_need_no_teacher(micro):
+    chosen = choose(True, True, Wanted(use_micro_world=micro))
+    assert "teacher_model" not in chosen.data_system1 and chosen.traces is None
+
+
+def test_an_endpoint_is_asked_for_the_model_of_the_form():
+    served = choose(True, True, Wanted(teacher="endpoint")).traces["teacher_model"]
+    assert (served.model, served.base_url) == ("Qwen/Qwen2.5-7B-Instruct", None)
+    there = Wanted(teacher="endpoint", endpoint_url="http://127.0.0.1:9/v1", endpoint_model="big")
+    asked = choose(True, True, there).data_system1["teacher_model"]
+    assert (asked.model, asked.base_url) == ("big", "http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("backend", ["auto", "easydistill", "builtin"])
+@pytest.mark.parametrize("micro", ["yes", "no"])
+def test_the_backend_of_the_form_trains_both_students(micro, backend):
+    chosen = choose(True, True, Wanted(use_micro_world=micro, backend=backend))
+    assert chosen.system1["backend"] == chosen.system2["backend"] == backend
+    assert chosen.system1.get("group_by_length") is (False if backend == "easydistill" else None)
+
+
+def test_the_forms_mistakes_are_named_together():
+    wanted = Wanted(use_micro_world="maybe", backend="easydistil", teacher="api", endpoint_url="http://x/v1")
+    with pytest.raises(ConfigError) as raised:
+        choose(True, True, wanted)
+    for line in (
+        "USE_MICRO_WORLD = 'maybe': is not one of auto, yes, no.",
+        "BACKEND = 'easydistil': is not one of auto, easydistill, builtin. Did you mean easydistill?",
+        "TEACHER = 'api': is not one of dataset, local-8bit, endpoint.",
+        "ENDPOINT_URL = 'http://x/v1': has no effect under TEACHER = 'api'",
+    ):
+        assert line in str(raised.value)
 
 
 def test_every_choice_names_settings_that_exist():
@@ -162,12 +197,14 @@ def test_every_choice_names_settings_that_exist():
     from distill.compare import compare_models
     from distill.config import resolve
     from distill.data import prepare_system1_dataset
+    from distill.own_traces import write_traces
     from distill.traces import prepare_system2_dataset
 
     for micro in ("yes", "no"):
-        chosen = choose(True, True, Wanted(use_micro_world=micro, relabel_with_teacher=True))
+        chosen = choose(True, True, Wanted(use_micro_world=micro, teacher="local-8bit", backend="easydistill"))
         inspect.signature(prepare_system1_dataset).bind(**chosen.data_system1)
         inspect.signature(prepare_system2_dataset).bind(**chosen.data_system2)
+        inspect.signature(write_traces).bind(**chosen.traces)
         inspect.signature(compare_models).bind(**chosen.compare)
         for settings, prepared in ((chosen.system1, "data/train_labeled.json"), (chosen.system2, "data/omnithought_cot.json")):
             assert resolve(settings, preset="system1").values["labeled_path"] == str(store.resolve(prepared))
