@@ -20,8 +20,10 @@ SHORT = {"rows_system1": 200, "rows_system2": 100, "epochs": 1}
 MICRO_SLICES = {False: ("train[:6000]", "train[:3000]"), True: ("train", "train")}
 # What the presets ask of the built-in engine alone: LoRA, and batches of rows of one length.
 FOR_EASYDISTILL = {"lora_rank": 0, "group_by_length": False}
-MICRO_TRACES = {False: "train[:1500]", True: "train"}  # for a teacher that is asked for its own
-MICRO_TRACE = {"rows": None, "max_new_tokens": 256}
+# for a teacher that is asked for its own traces
+MICRO_QUESTIONS = {
+    full: {"slice_str": rows, "rows": None, "max_new_tokens": 256} for full, rows in ((False, "train[:1500]"), (True, "train"))
+}
 MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
 
 
@@ -156,7 +158,7 @@ def _micro(wanted: Wanted, reason: str) -> Choice:
     return Choice(
         data_system1={"slice_str": slices[0], "source": sources["distilqwen"], **_relabelling(wanted, names["teacher"])},
         data_system2={"slice_str": slices[1], "source": sources["omnithought"], "rows": None, "student_model": student2, "max_length": 256},
-        traces=_tracing(wanted, names["teacher"], {"slice_str": MICRO_TRACES[wanted.full_run], "source": sources["omnithought"], **MICRO_TRACE}),
+        traces=_tracing(wanted, names["teacher"], MICRO_QUESTIONS[wanted.full_run] | {"source": sources["omnithought"]}),
         system1=_settings(wanted, "micro_system1", names["teacher"], names["student_system1"]),
         system2=_settings(wanted, "micro_system2", names["teacher"], student2),
         compare={"prompts": prompts, "teacher_path": names["teacher"]},

@@ -159,7 +159,8 @@ def _missing(brought: dict | None, trouble: str, installations: dict, servers: d
         missing.append({"what": "a torch that can use this machine's GPU", "command": "see pytorch.org for the build of your CUDA driver"})
     for major, (installation, reason) in installations.items():
         if not installation:
-            missing.append({"what": f"EasyDistill {major}.x (optional): {reason}", "command": f"python distill_app.py setup-easydistill {major}"})
+            command = f"python distill_app.py setup-easydistill {major}"
+            missing.append({"what": f"EasyDistill {major}.x (optional): {reason}", "command": command})
     if brought and not servers["transformers serve"]["available"]:
         command = f"{brought['path']} -m pip install 'transformers[serving]'"
         missing.append({"what": f"transformers serve (optional): {servers['transformers serve']['why']}", "command": command})

@@ -90,7 +90,7 @@ def test_silence_is_counted_from_the_last_line(tmp_path):
 
 def test_a_child_that_its_parent_left_behind_is_ended(tmp_path):
     code = PARENT_AND_CHILD.format(then="import os; os.close(1); os.close(2); os.kill(os.getpid(), 9)")
-    code = code.replace("time.sleep(60)\"])", "time.sleep(60)\"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)")
+    code = code.replace('time.sleep(60)"])', 'time.sleep(60)"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)')
     ended, lines = run_python(tmp_path, code)
     assert ended.status == -signal.SIGKILL
     assert not is_running(child_of(lines))
