@@ -56,7 +56,7 @@ def prepare_system1_dataset(
     columns     row field → column of the source, e.g. {"instruction": "question", "output": "answer"}
     rows        how many to keep (validation rows included); reading stops there. None keeps all that are read
     validation  share split off by id, 0 to 0.5
-    teacher_model, teacher_tokenizer  who relabels: a name or folder (loaded in 8-bit), or a loaded model with its tokenizer
+    teacher_model, teacher_tokenizer  who relabels: a name or folder (loaded in 8-bit), a loaded model with its tokenizer, or an Endpoint
     relabel_with_teacher              True: every label is the teacher's, and the source needs none; a whole number: those of the first
                                       so many rows; False: the data set's own
     Raises DataError `No data for System 1 distillation: …`, ConfigError for settings that cannot work.

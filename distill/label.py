@@ -9,14 +9,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import models, store
+from . import asking, models, store
 from .answers import answer_all, ask
 from .config import is_hub_name, model_name
 from .console import say
+from .endpoint import Endpoint, generation
 from .errors import ConfigError, DataError, shortened
-from .prompt import MODES, chat_format, is_unicode, row_id, tokenizer_hash
+from .prompt import MODES, chat_format, format_prompt, is_trace, is_unicode, row_id, tokenizer_hash
 
 CUT_OFF, EMPTY = "an answer cut off at max_new_tokens", "an empty answer"
+NO_TRACE = "an answer that is not <think>…</think> and a solution"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def label_with_teacher(
 ) -> list[dict]:
     """The teacher's answers to a list of questions; those cut off or empty are dropped, and said.
 
-    teacher_model      a loaded model (then with its `teacher_tokenizer`), or a name or folder, which is loaded in 8-bit in a subprocess
+    teacher_model      a loaded model (then with its `teacher_tokenizer`); a name or folder, which is loaded in 8-bit in a subprocess; or an
+                       Endpoint, which EasyDistill 2.x asks
     items              questions: rows {"instruction"} and, where wanted, "input" and "id"; or plain texts
     batch_size         questions a batch; None fills batches by a budget of tokens
     max_new_tokens     limit of an answer, in tokens
@@ -116,8 +119,28 @@ class _Loaded:
         answer_all(self.model, self.tokenizer, request, finished)
 
 
+class _Behind:
+    """A teacher behind an API: its address or the files that are served say who it is, EasyDistill 2.x asks it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        endpoint.check()
+        self.endpoint, self.name = endpoint, endpoint.name
+
+    def identity(self) -> list:
+        return self.endpoint.identity()
+
+    def answer(self, request: dict) -> None:
+        ((mode, limit),) = request["max_new_tokens"].items()
+        reasons = mode == "system2"
+        task = generation(limit, request["temperature"], self.endpoint.prompt if reasons else None, traces=reasons)
+        rows = [{"id": one["id"], "instruction": format_prompt(one["instruction"], one["input"])} for one in request["questions"]]
+        asking.ask(self.endpoint, task, rows, Path(request["journal"]), "Labelling")
+
+
 def teacher_of(model, tokenizer=None, bits: int = 8):
-    """A teacher to label with, checked: a name or folder, loaded in `bits` in a subprocess; or a loaded model with its tokenizer."""
+    """A teacher to label with, checked: a name or folder, loaded in `bits` in a subprocess; a loaded model with its tokenizer; Endpoint."""
+    if isinstance(model, Endpoint):
+        return _Behind(model)
     if isinstance(model, str | Path):
         return _Named(str(model), bits)
     if tokenizer is None:
@@ -138,7 +161,8 @@ def label_rows(
 ) -> Labeled:
     """`label_with_teacher` by a `teacher_of`; says what was dropped, and what an earlier run had answered already."""
     limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size, "seed": seed}
-    _check(mode, limits)
+    behind = teacher.endpoint if isinstance(teacher, _Behind) else None
+    _check(mode, limits, behind)
     decisive = {"max_new_tokens": max_new_tokens} | (
         {"temperature": temperature, "top_p": float(top_p), "seed": seed} if temperature else {}
     )
@@ -153,7 +177,8 @@ def label_rows(
             sampling["seed"] = seed + len(known)  # going on with the same seed would draw the same luck again
             teacher.answer({"questions": waiting, "journal": str(journal), "max_new_tokens": {mode: max_new_tokens}, **sampling})
         answers = {entry["id"]: entry for entry in store.read_journal(journal)}
-    labeled = _kept(rows, answers, teacher.name, reused=sum(key in known for key in asked))
+    reused = sum(key in known for key in asked)
+    labeled = _kept(rows, answers, teacher.name, reused, behind, traces=bool(behind) and mode == "system2")
     say(f"labelled {len(labeled.rows):,} of {len(rows):,} rows by {teacher.name} ({labeled.reused:,} answered before)")
     for reason, count in labeled.dropped.items():
         say(f"  dropped {count:,}: {reason}")
@@ -169,11 +194,12 @@ def _question(key: str, row: dict, mode: str) -> dict:
     return {"id": key, "instruction": row["instruction"], "input": row.get("input") or "", "mode": mode}
 
 
-def _kept(rows: list[dict], answers: dict, teacher: str, reused: int) -> Labeled:
+def _kept(rows: list[dict], answers: dict, teacher: str, reused: int, behind: Endpoint | None = None, traces: bool = False) -> Labeled:
+    """Rows with their answers; `behind` may have left one without, `traces` wants each to reason between tags first."""
     kept, dropped = [], Counter()
     for row in rows:
-        answer = answers[_key(row)]
-        reason = CUT_OFF if not answer["stopped"] else EMPTY if not answer["text"].strip() else None
+        answer = answers.get(_key(row)) if behind else answers[_key(row)]
+        reason = asking.no_answer(behind) if answer is None else _why_dropped(answer, traces)
         if reason:
             dropped[reason] += 1
         else:
@@ -181,7 +207,16 @@ def _kept(rows: list[dict], answers: dict, teacher: str, reused: int) -> Labeled
     return Labeled(kept, dict(dropped), reused)
 
 
-def _check(mode: str, limits: dict) -> None:
+def _why_dropped(answer: dict, traces: bool) -> str | None:
+    text = answer["text"].strip()
+    if not answer["stopped"]:
+        return CUT_OFF
+    if not text:
+        return EMPTY
+    return NO_TRACE if traces and not is_trace(text) else None
+
+
+def _check(mode: str, limits: dict, behind: Endpoint | None) -> None:
     problems = [] if mode in MODES else [f"mode = {mode!r}: is not one of {', '.join(MODES)}."]
     for key in ("max_new_tokens", "batch_size"):
         value = limits[key]
@@ -191,15 +226,19 @@ def _check(mode: str, limits: dict) -> None:
         value = limits[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or (key == "top_p" and not value):
             problems.append(f"{key} = {value!r}: lies outside 0 to {high}.")
+    if behind and limits["top_p"] != 1:
+        problems.append(f"top_p = {limits['top_p']!r}: EasyDistill 2.x hands no top_p on to an endpoint. Leave it at 1.")
+    if behind and limits["batch_size"] is not None:
+        problems.append(f"batch_size = {limits['batch_size']!r}: an endpoint makes its own batches. Set its workers and chunk_rows.")
     if problems:
         raise ConfigError.from_problems("the labelling", problems)
 
 
-def label_file(source: str | Path, teacher: str, out: str | Path, *, bits: int = 8, **settings) -> Labeled:
+def label_file(source: str | Path, teacher: str | Endpoint, out: str | Path, *, bits: int = 8, **settings) -> Labeled:
     """Label a file of rows, and its validation rows where there are some; write `out` and its validation file whole.
 
     source    JSON list or JSON lines of rows {"instruction"}; an "output" that stands there is replaced
-    teacher   its name or folder; bits: those it is loaded in
+    teacher   its name or folder; bits: those it is loaded in; or an Endpoint
     settings  those of `label_rows`
     Raises DataError where no row gets a label; then nothing is written.
     """
@@ -212,7 +251,7 @@ def label_file(source: str | Path, teacher: str, out: str | Path, *, bits: int =
         return _label_file({source: out} | ({split: out_split} if store.is_file(split) else {}), teacher, bits, settings)
 
 
-def _label_file(places: dict[Path, Path], teacher: str, bits: int, settings: dict) -> Labeled:
+def _label_file(places: dict[Path, Path], teacher: str | Endpoint, bits: int, settings: dict) -> Labeled:
     """Label the files of `places`, each to its own; the first is the training file."""
     source, out = next(iter(places.items()))
     rows = {place: rows_of(list(store.read_rows(place))) for place in places}
@@ -225,7 +264,8 @@ def _label_file(places: dict[Path, Path], teacher: str, bits: int, settings: dic
         store.remove_file(store.validation_path(out))  # of an earlier labelling, with questions that may be among these
     for place in reversed(places):  # the companion first, the manifest that binds them last
         store.write_rows(places[place], parts[place])
-    facts = {"teacher": teacher, "bits": bits, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **settings}
+    who = {"teacher": teacher.name, "base_url": teacher.base_url} if isinstance(teacher, Endpoint) else {"teacher": teacher, "bits": bits}
+    facts = {**who, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **settings}
     store.write_manifest(out, facts, files=list(places.values()))
     say(f"  {store.shown(out)}")
     return labeled
