@@ -14,6 +14,7 @@ from distill.endpoint import Endpoint
 from distill.environment import setup_engine
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
 from distill.generation import infer_student
+from distill.judge import judge
 from distill.label import label_with_teacher
 from distill.models import load_student, load_teacher
 from distill.notebook import ask_student, choose_models, plot_loss, setup_lab, show_memory, show_training_row, trace_arguments
@@ -21,6 +22,7 @@ from distill.own_traces import write_traces
 from distill.pipeline import distill_system1, distill_system2, run_easy_distill, write_system1_config, write_system2_config
 from distill.preparation import Prepared
 from distill.prompt import format_prompt
+from distill.trace_tools import score_traces, shorten_traces
 from distill.traces import prepare_system2_dataset
 from distill.train import TrainResult
 
@@ -43,6 +45,7 @@ __all__ = [
     "doctor",
     "format_prompt",
     "infer_student",
+    "judge",
     "label_with_teacher",
     "load_student",
     "load_teacher",
@@ -50,9 +53,11 @@ __all__ = [
     "prepare_system1_dataset",
     "prepare_system2_dataset",
     "run_easy_distill",
+    "score_traces",
     "setup_easydistill",
     "setup_engine",
     "setup_lab",
+    "shorten_traces",
     "show_memory",
     "show_training_row",
     "trace_arguments",

@@ -9,9 +9,8 @@ from pathlib import Path
 from . import config, store
 from .errors import BackendError, ConfigError
 from .generation import stop_ids
-from .models import load_to_train
+from .models import RUN_RECORD, load_to_train
 
-RUN_RECORD = "distill_run.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 ENGINE_MODULES = ("train.py", "trainer.py", "checkpoint.py")
 
@@ -104,11 +103,12 @@ def verify_checkpoint(folder: Path, student: dict, trained: dict | None = None) 
 # The record
 
 
-def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: dict) -> dict:
+def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: dict, easydistill: dict | None = None) -> dict:
     """What `distill_run.json` says of a checkpoint, besides its files.
 
-    student  the student's `weight_hashes`
-    chosen   what the engine chose by itself: name → {"value", "reason"}
+    student      the student's `weight_hashes`
+    chosen       what the backend chose by itself: name → {"value", "reason"}
+    easydistill  what is known of the EasyDistill that trained, {"version", "origin", "versions"}; None where the built-in engine did
     """
     import platform
     import secrets
@@ -118,7 +118,7 @@ def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: di
     planned = store.read_json(plan) if plan.is_file() else {}
     return {
         "run_id": secrets.token_hex(8),
-        "backend": "builtin",
+        "backend": "easydistill" if easydistill else "builtin",
         "job": job,
         **planned,
         "settings": with_edits(planned.get("settings", {}), {**job["training"], **job.get("lab", {})}),
@@ -127,6 +127,7 @@ def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: di
         "tokens_sha256": store.hash_file(Path(job["dataset"]["labeled_path"])),
         "engine_sha256": engine_sha256(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        **({"easydistill": easydistill} if easydistill else {}),
         "metrics": metrics,
     }
 

@@ -11,6 +11,7 @@ from .endpoint import PROMPTS, Endpoint
 from .errors import ConfigError, did_you_mean
 from .generation import MAX_NEW_TOKENS
 from .microlab import MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
+from .selection import HIGHEST, LOWEST
 from .traces import OMNITHOUGHT
 
 MICRO_WORLD_CHOICES = ("auto", "yes", "no")
@@ -68,6 +69,7 @@ class Choice:
 
     data_system1, data_system2  arguments of prepare_system1_dataset and prepare_system2_dataset
     traces                      arguments of write_traces, whose traces take the place of the data set's; None where those are learnt
+    judge                       who scores these traces first, where the form's windows need their RV and CD; None where nobody
     system1, system2            settings of distill_system1 and distill_system2
     compare                     arguments of compare_models, without the students' paths
     questions                   mode → a question to try the student with
@@ -77,6 +79,7 @@ class Choice:
     data_system1: dict
     data_system2: dict
     traces: dict | None
+    judge: Endpoint | None
     system1: dict
     system2: dict
     compare: dict
@@ -141,6 +144,7 @@ def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
         data_system1={"slice_str": wanted.slice_system1, "rows": rows[0], **_relabelling(wanted, wanted.teacher_model)},
         data_system2={"slice_str": wanted.slice_system2, "rows": rows[1], **windows, "student_model": wanted.student_system2},
         traces=_tracing(wanted, wanted.teacher_model, {"slice_str": wanted.slice_system2, "rows": rows[1]}),
+        judge=_judge(wanted, windows),
         system1=_settings(wanted, "system1", wanted.teacher_model, wanted.student_system1) | {"num_epochs": epochs[0]},
         system2=_settings(wanted, "system2", wanted.teacher_model, wanted.student_system2) | {"num_epochs": epochs[1]},
         compare={"prompts": prompts, "teacher_path": wanted.teacher_model, "max_tokens_teacher": MAX_NEW_TOKENS["system2"]},
@@ -158,6 +162,7 @@ def _micro(wanted: Wanted, reason: str) -> Choice:
     return Choice(
         data_system1={"slice_str": slices[0], "source": sources["distilqwen"], **_relabelling(wanted, names["teacher"])},
         data_system2={"slice_str": slices[1], "source": sources["omnithought"], "rows": None, "student_model": student2, "max_length": 256},
+        judge=None,
         traces=_tracing(wanted, names["teacher"], MICRO_QUESTIONS[wanted.full_run] | {"source": sources["omnithought"]}),
         system1=_settings(wanted, "micro_system1", names["teacher"], names["student_system1"]),
         system2=_settings(wanted, "micro_system2", names["teacher"], student2),
@@ -197,6 +202,18 @@ def _relabelling(wanted: Wanted, teacher: str) -> dict:
 
 def _tracing(wanted: Wanted, teacher: str, questions: dict) -> dict | None:
     return None if wanted.teacher == "dataset" else {"teacher_model": _teacher(wanted, teacher), **questions}
+
+
+def _judge(wanted: Wanted, windows: dict) -> Endpoint | None:
+    """Who scores an own teacher's traces. A model on this machine cannot: only an endpoint is asked for scores."""
+    free = {"rv_min": LOWEST, "rv_max": HIGHEST, "cd_min": LOWEST, "cd_max": HIGHEST, "long_share": None}
+    narrowed = [name.upper() for name, value in windows.items() if value != free[name]]
+    if wanted.teacher == "local-8bit" and narrowed:
+        raise ConfigError(
+            f"TEACHER = 'local-8bit' gives traces without RV and CD, which {', '.join(narrowed)} would need. Leave the windows open and "
+            "LONG_SHARE at None, or set TEACHER = 'endpoint', which scores its traces too."
+        )
+    return _teacher(wanted, wanted.teacher_model) if wanted.teacher == "endpoint" and narrowed else None
 
 
 def _teacher(wanted: Wanted, teacher: str) -> str | Endpoint:

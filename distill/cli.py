@@ -45,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="distill_app.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    stages = [_add_demo, _add_prepare_system1, _add_prepare_system2, _add_label, _add_system1, _add_system2, _add_compare, _add_chat]
-    for add in (*stages, _add_doctor, _add_setup_easydistill, _add_build_micro):
+    data = [_add_prepare_system1, _add_prepare_system2, _add_label, _add_traces, _add_score, _add_shorten]
+    models = [_add_system1, _add_system2, _add_compare, _add_judge, _add_chat]
+    for add in (_add_demo, *data, *models, _add_doctor, _add_setup_easydistill, _add_build_micro):
         add(commands).add_argument(
             "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"
         )
@@ -162,7 +163,8 @@ def _add_label(commands) -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="FILE", help="JSON list or JSON lines of rows with an instruction")
     parser.add_argument("--teacher", required=True, help="a folder or a name on the hub")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the labelled rows go")
-    parser.add_argument("--bits", type=int, default=8, choices=(4, 8, 16, 32), help="of the teacher's weights (default 8)")
+    _add_teachers_place(parser)
+    parser.add_argument("--bits", type=int, choices=(4, 8, 16, 32), help="of a local teacher's weights (default 8)")
     parser.add_argument(
         "--mode", default="system1", choices=("system1", "system2"), help="system2 asks for reasoning first (default system1)"
     )
@@ -175,14 +177,135 @@ def _add_label(commands) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_teachers_place(parser: argparse.ArgumentParser) -> None:
+    """Where a teacher that need not be loaded here is to be found."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--endpoint", metavar="URL", help="the teacher is behind this OpenAI-compatible API, e.g. http://127.0.0.1:8000/v1")
+    where.add_argument("--serve", action="store_true", help="the lab serves the teacher itself, and EasyDistill 2 asks it")
+    _add_asking(parser)
+    parser.add_argument("--prompt-file", metavar="FILE", help="text with {instruction} that asks for reasoning, for an endpoint's system2")
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    """How an endpoint is asked."""
+    parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the API's key")
+    parser.add_argument("--chunk-rows", type=int, default=32, help="rows asked at a time, which a kill may lose (default 32)")
+    parser.add_argument("--workers", type=int, default=8, help="questions under way at the same time (default 8)")
+
+
+def _teacher(options):
+    """The teacher that the options name: a folder or hub name, or an endpoint."""
+    if options.endpoint or options.serve:
+        if getattr(options, "bits", None):
+            raise ConfigError("--bits is for a teacher that is loaded here; one behind an API keeps its own precision. Leave it out.")
+        return _endpoint(options, options.teacher)
+    if options.prompt_file:
+        raise ConfigError("--prompt-file is for a teacher behind an API: give --endpoint or --serve too.")
+    return options.teacher
+
+
+def _endpoint(options, model: str):
+    from .endpoint import Endpoint
+
+    asked = {name: getattr(options, name) for name in ("key_variable", "chunk_rows", "workers")}
+    return Endpoint(model, options.endpoint, prompt_file=getattr(options, "prompt_file", None), **asked)
+
+
 def _label(options) -> dict:
     from .generation import token_limit
     from .label import label_file
 
-    settings = {name: getattr(options, name) for name in ("bits", "mode", "batch_size", "temperature", "top_p", "seed")}
+    settings = {name: getattr(options, name) for name in ("mode", "batch_size", "temperature", "top_p", "seed")}
+    settings |= {"bits": options.bits} if options.bits else {}
     settings["max_new_tokens"] = token_limit(options.max_new_tokens, options.mode)
-    labeled = label_file(options.source, options.teacher, options.out, **settings)
-    return {"path": str(store.resolve(options.out)), "rows": len(labeled.rows), "dropped": labeled.dropped, "reused": labeled.reused}
+    return _labeled(label_file(options.source, _teacher(options), options.out, **settings), options.out)
+
+
+def _labeled(labeled, out: str) -> dict:
+    return {"path": str(store.resolve(out)), "rows": len(labeled.rows), "dropped": labeled.dropped, "reused": labeled.reused}
+
+
+def _add_traces(commands) -> argparse.ArgumentParser:
+    from .traces import OMNITHOUGHT
+
+    parser = commands.add_parser("traces", help="let a teacher of your own reason about a data set's questions, for prepare-system2")
+    parser.add_argument("--teacher", required=True, help="a folder or a name on the hub; with --endpoint, its name there")
+    _add_teachers_place(parser)
+    parser.add_argument(
+        "--source", default=OMNITHOUGHT, help=f"hub dataset, or JSON, JSONL or Parquet file or folder (default {OMNITHOUGHT})"
+    )
+    parser.add_argument("--slice", default="train[:20000]", help="source rows to read (default train[:20000])")
+    parser.add_argument("--columns", metavar="FIELD=COLUMN,…", help="e.g. instruction=problem")
+    parser.add_argument("--rows", type=int, default=2000, help="how many questions to ask (default 2000)")
+    parser.add_argument("--max-new-tokens", type=int, help="limit of reasoning and answer together (default 1024)")
+    parser.add_argument("--out", default="data/teacher_traces.json", metavar="FILE")
+    parser.set_defaults(run=_traces)
+    return parser
+
+
+def _traces(options) -> dict:
+    from .generation import token_limit
+    from .own_traces import write_traces
+
+    asked = {"slice_str": options.slice, "source": options.source, "columns": _columns(options.columns), "rows": options.rows}
+    limit = token_limit(options.max_new_tokens, "system2")
+    return {"path": write_traces(_teacher(options), **asked, max_new_tokens=limit, out=options.out)}
+
+
+def _add_score(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "score", help="let a judge say of each trace how verbose (RV) and difficult (CD) it is, and whether it is right"
+    )
+    return _add_changing(parser, _score)
+
+
+def _add_shorten(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("shorten", help="let a teacher rewrite each trace's reasoning to a shorter one")
+    parser.add_argument("--prompt-file", metavar="FILE", help="text with {instruction}, {reasoning} and {solution}")
+    return _add_changing(parser, _shorten)
+
+
+def _add_changing(parser: argparse.ArgumentParser, run) -> argparse.ArgumentParser:
+    """What works on a file of traces by way of a model behind an API."""
+    parser.add_argument("source", metavar="FILE", help="JSON list or JSON lines of rows with an instruction and a trace")
+    _add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="where the rows go")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="who is asked: its name at the endpoint; without one a folder or hub name")
+    parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible API; without it the lab serves the model itself")
+    _add_asking(parser)
+
+
+def _score(options) -> dict:
+    from .trace_tools import score_traces
+
+    return _labeled(score_traces(options.source, options.out, _endpoint(options, options.model)), options.out)
+
+
+def _shorten(options) -> dict:
+    from .trace_tools import shorten_traces
+
+    prompt_file, options.prompt_file = options.prompt_file, None  # of the rewriting, not of the endpoint
+    return _labeled(shorten_traces(options.source, options.out, _endpoint(options, options.model), prompt_file=prompt_file), options.out)
+
+
+def _add_judge(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("judge", help="let a model score the answers of teacher and students")
+    parser.add_argument("answers", metavar="FILE", help="a comparison.json of compare, or rows {model, mode, instruction, output}")
+    _add_model(parser)
+    parser.add_argument("--out", default="reports/judge.json", metavar="FILE")
+    parser.set_defaults(run=_judge)
+    return parser
+
+
+def _judge(options) -> dict:
+    from .judge import judge
+
+    return judge(options.answers, _endpoint(options, options.model), out=options.out)
 
 
 def _read_list(path: str) -> list:

@@ -17,6 +17,7 @@ from .errors import DataError
 from .evaluate import final_answer, mean_exact_match, score
 from .microlab import MAX_NEW_TOKENS, MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from .microtasks import FAMILIES, question_of
+from .models import RUN_RECORD
 from .pipeline import run_easy_distill, write_system1_config, write_system2_config
 from .traces import prepare_system2_dataset
 
@@ -194,7 +195,7 @@ def _report(checkpoints: dict, labeled: Path, seed: int) -> dict:
     store.write_jsonl(questions, [row for row in store.read_rows(MICRO / "heldout.jsonl") if row["system"] == 2])
     models = [{"name": name, "path": path, "mode": "system2"} for name, path in reasoning.items()]
     scores |= score(models, questions, WORK, {"system2": STUDENT_TOKENS}, BATCH_TOKENS)
-    runs = {system: store.read_json(Path(checkpoints[system]) / "distill_run.json") for system in ("system1", "system2")}
+    runs = {system: store.read_json(Path(checkpoints[system]) / RUN_RECORD) for system in ("system1", "system2")}
     return {
         "teacher": scores["teacher"],
         "system1": {"before": scores["before1"], "after": scores["system1"]},

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import config, easydistill, engine, environment, notebook, pipeline, store
+from . import config, easydistill, engine, environment, launch, notebook, pipeline, store
 from .console import say, table
 from .errors import DistillError
 
@@ -113,9 +113,13 @@ def _training(preset: str, installation: easydistill.Installation | None, reason
     """The backend of a preset's training and why. A student on the hub is not fetched for the sake of looking at it."""
     try:
         settings = config.resolve({}, preset=preset)
-        if installation and not store.is_dir(settings.values["student_model"]):
+        job = config.build_job(settings, Path(settings.values["labeled_path"]))
+        on_hub = not store.is_dir(settings.values["student_model"])
+        if installation and on_hub and not launch.settings_refusals(job):
             return _named(installation), f"{reason}; unless the run finds against it: memory, precision, the student's files"
-        chosen, why = pipeline.choose_backend(config.build_job(settings, Path(settings.values["labeled_path"])), "auto")
+        if installation and on_hub:
+            return "builtin", pipeline.refused_because(launch.settings_refusals(job))
+        chosen, why = pipeline.choose_backend(job, "auto")
     except DistillError as error:
         return "none", str(error)
     return _named(chosen), why

@@ -45,7 +45,7 @@ def in_parallel(tasks: list[Callable]) -> list:
 
     Two processes with half of the cores each do about 1.5 times as much as one after the other. An error or an interrupt ends them all.
     """
-    workers = 1 if _visible_gpu() else min(2, usable_cores(), len(tasks))
+    workers = 1 if gpu_is_visible() else min(2, usable_cores(), len(tasks))
     with _sharing_cores(workers), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
@@ -75,7 +75,7 @@ def _sharing_cores(processes: int) -> Iterator[None]:
         _processes_at_once = 1
 
 
-def _visible_gpu() -> bool:
+def gpu_is_visible() -> bool:
     """Whether NVIDIA's driver shows a GPU, known without loading torch."""
     return Path("/proc/driver/nvidia/gpus").is_dir() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 

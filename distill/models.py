@@ -12,6 +12,8 @@ from .errors import ConfigError, shortened
 
 EXAMPLES = {"student": "Qwen/Qwen2.5-0.5B-Instruct", "teacher": "Qwen/Qwen2.5-7B-Instruct"}
 BITS = (4, 8, 16, 32)
+MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")  # no code, no pickles
+RUN_RECORD = "distill_run.json"  # the seal of a checkpoint of the lab
 BF16_CAPABILITY = (8, 0)  # what computes bf16 itself; torch.cuda.is_bf16_supported says yes to a T4 too, which imitates it slowly
 
 
@@ -100,6 +102,18 @@ def cannot_reach_hub(name: str, error: Exception) -> ConfigError:
         f"Cannot reach the hub for {name}: {shortened(error, 120)}. "
         "Check the network, or give the path of a folder that is on this machine (the shipped micro world needs no hub)."
     )
+
+
+def local_folder(name: str) -> Path:
+    """A model's folder; one on the hub is downloaded first, without code and pickles."""
+    if not is_hub_name(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
+    except Exception as error:  # of huggingface_hub, of its client, of the disk
+        raise cannot_reach_hub(name, error) from error
 
 
 def load_tokenizer(name: str, role: str = "student"):
@@ -201,7 +215,7 @@ def fingerprint(path: str) -> str:
     if is_hub_name(path):
         return _cached_commit(path) or hub_info("model", path).sha
     files = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".json", ".jinja") and store.is_file(file)]
-    return store.hash_json({file.name: store.hash_file(file) for file in files if file.name != "distill_run.json"})
+    return store.hash_json({file.name: store.hash_file(file) for file in files if file.name != RUN_RECORD})
 
 
 def _cached_commit(name: str) -> str | None:

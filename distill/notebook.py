@@ -14,7 +14,6 @@ from html import escape
 from pathlib import Path
 
 from . import answers, environment, generation, models, prompt, store
-from .checkpoint import RUN_RECORD
 from .choice import Choice, Wanted, choose
 from .compare import reasoning
 from .compare_page import visible
@@ -23,9 +22,12 @@ from .console import say
 from .easydistill import setup_easydistill
 from .errors import ConfigError, DataError
 from .evaluate import final_answer
+from .models import RUN_RECORD
 from .own_traces import write_traces
+from .trace_tools import score_traces
 
 HUB_SECONDS = 10
+SCORED = "data/teacher_traces_scored.json"
 LOOK = "padding:8px;border:1px solid #8886;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere"
 COLORS = {True: "rgba(46,160,67,.35)", False: "rgba(128,128,128,.15)"}
 
@@ -114,7 +116,13 @@ def choose_models(machine: Machine, **wanted) -> Choice:
 
 def trace_arguments(chosen: Choice) -> dict:
     """The arguments of prepare_system2_dataset. Where the students learn from a teacher of their own, it is asked for its traces first."""
-    return chosen.data_system2 | ({"source": write_traces(**chosen.traces), "slice_str": "train"} if chosen.traces else {})
+    if not chosen.traces:
+        return chosen.data_system2
+    source = write_traces(**chosen.traces)
+    if chosen.judge:
+        score_traces(source, SCORED, chosen.judge)
+        source = SCORED
+    return {**chosen.data_system2, "source": source, "slice_str": "train"}
 
 
 # Memory

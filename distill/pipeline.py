@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import checkpoint, data, models, store, train
-from .config import BACKENDS, Settings, build_job, read_job, resolve
+from . import checkpoint, data, easydistill, launch, models, store, train
+from .config import BACKENDS, Settings, backend_problem, build_job, read_job, resolve
 from .console import say, table
 from .errors import ConfigError, DataError
 
@@ -47,27 +47,59 @@ def write_system2_config(config: Mapping | None = None) -> str:
 
 def _distill(system: str, user: Mapping | None) -> str:
     settings = resolve(user, preset=system)
-    return run_easy_distill(_write_job(system, settings), backend=settings.values["backend"]).checkpoint
+    values = settings.values
+    choose_backend(build_job(settings, Path(values["labeled_path"])), values["backend"])  # refuses before anything is written
+    job_path = _write_job(system, settings)
+    return run_easy_distill(job_path, backend=values["backend"], time_limit_minutes=values.get("time_limit_minutes")).checkpoint
 
 
-def run_easy_distill(config_path: str | Path, *, backend: str = "auto") -> train.TrainResult:
+def run_easy_distill(config_path: str | Path, *, backend: str = "auto", time_limit_minutes: float | None = None) -> train.TrainResult:
     """Run a job file to a verified checkpoint.
 
-    backend  "auto" or "builtin"
+    backend             "auto", "easydistill" or "builtin"
+    time_limit_minutes  wall-clock time after which the training is ended; None: none
     Raises ConfigError for a job that cannot work, BackendError with the end of the log for a run that failed.
     """
     job = read_job(config_path)
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend = {backend!r}: is not one of {', '.join(BACKENDS)}.")
     checkpoint.check_out_dir(job["training"]["output_dir"])
     _check_tokens(job, models.check_student(job["models"]["student"]))
-    reason = "asked for" if backend == "builtin" else "the lab's own engine is the one backend of this version"
-    say(f"backend: builtin ({reason})")
+    installation, reason = choose_backend(job, backend)
+    say(f"backend: {'easydistill' if installation else 'builtin'} ({reason})")
     run_folder = _run_folder_of(job)
     # the run's own copy: the job file may be written anew while this one trains
-    result = train.run(store.write_json(run_folder / "job.json", job), run_folder, reason)
+    own_copy, limit_seconds = store.write_json(run_folder / "job.json", job), time_limit_minutes and 60 * time_limit_minutes
+    if installation:
+        result = launch.run(own_copy, run_folder, reason, installation, limit_seconds)
+    else:
+        result = train.run(own_copy, run_folder, reason, limit_seconds)
     say(f"trained {result.metrics['steps']:,} steps in {result.seconds:.0f} s; checkpoint: {store.shown(result.checkpoint)}")
     return result
+
+
+def choose_backend(job: dict, asked: str) -> tuple[easydistill.Installation | None, str]:
+    """EasyDistill's installation where it is to run a job, None for the built-in engine; and why.
+
+    asked  "auto" takes EasyDistill 1.x where it is installed and can do the job
+    Raises ConfigError for a job that EasyDistill is asked for and cannot do, BackendError where it is asked for and not installed.
+    """
+    if asked not in BACKENDS:
+        raise ConfigError(backend_problem(asked))
+    if asked == "builtin":
+        return None, "asked for"
+    found, reason = easydistill.find(1)
+    if asked == "easydistill":
+        found = easydistill.require(1)
+    refused = launch.refusals(job, found) if found else []
+    if refused and asked == "easydistill":
+        raise ConfigError.from_problems("this job for EasyDistill 1.x; backend = 'builtin' can do it", refused)
+    if refused:
+        return None, refused_because(refused)
+    return found, "asked for" if asked == "easydistill" else reason
+
+
+def refused_because(refused: list[str]) -> str:
+    """Why the built-in engine takes a job although EasyDistill is there."""
+    return f"EasyDistill 1.x cannot do this job: {' '.join(refused)}"
 
 
 def _write_job(system: str, settings: Settings) -> str:

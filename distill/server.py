@@ -21,7 +21,6 @@ from .errors import BackendError
 HOST = "127.0.0.1"
 SERVED = "teacher"  # what a model is called where it is served: its own name may hold what a server reads as its own signs
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
-FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 START_SECONDS = 1800
 HEALTH_SECONDS = 30
 RESTARTS = 5
@@ -60,7 +59,7 @@ def link_model(model: str, folder: Path) -> None:
     `transformers serve` takes the thought out of an answer of Qwen's and puts it where a client of OpenAI's does not look, unless the
     tokenizer says how an answer is to be read; here all of it up to its end is the answer.
     """
-    source = _snapshot(model) if is_hub_name(model) else Path(model)
+    source = models.local_folder(model)
     folder.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and file.name != TOKENIZER:
@@ -73,16 +72,6 @@ def link_model(model: str, folder: Path) -> None:
     whole = {"start_anchor_pattern": ".+", "defaults": {"role": "assistant"}, "fields": {"content": {"content": "text", "close": ends}}}
     known = store.read_json(source / TOKENIZER) if store.is_file(source / TOKENIZER) else {}
     store.write_json(folder / TOKENIZER, {**known, "response_template": whole})
-
-
-def _snapshot(name: str) -> Path:
-    """The files of a model on the hub, downloaded without code and pickles."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # of huggingface_hub, of its client, of the disk
-        raise models.cannot_reach_hub(name, error) from error
 
 
 def choose() -> tuple[str, str, str]:

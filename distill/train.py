@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import checkpoint, config, engine, store
-from .checkpoint import RUN_RECORD
 from .console import progress, say
 from .data import validation_path
 from .errors import BackendError, DistillError
 from .generation import generate
-from .models import load_to_train
+from .models import RUN_RECORD, load_to_train
 from .trainer import attention_for, build_trainer, datasets, precision_for
 
 SAVE_SECONDS = 180  # leaves two of the five minutes for a validation and the saving itself
@@ -41,29 +40,42 @@ class TrainResult:
     log_path: str
 
 
-def run(config_path: str | Path, run_folder: Path, reason: str) -> TrainResult:
+def run(config_path: str | Path, run_folder: Path, reason: str, limit_seconds: float | None = None) -> TrainResult:
     """Train a job with the built-in engine in a subprocess.
 
+    limit_seconds  wall-clock time that it may take
     Raises BackendError with the end of the log where no new, complete and loadable checkpoint came of it; then nothing has changed
     at the job's `output_dir`.
     """
-    job = config.read_job(config_path)
-    out_dir = Path(job["training"]["output_dir"])
-    log, started = run_folder / "train.log", time.monotonic()
-    arguments = ["--config", str(store.resolve(config_path)), "--run", str(run_folder)]
+    log, arguments = run_folder / "train.log", ["--config", str(store.resolve(config_path)), "--run", str(run_folder)]
+
+    def work(show: Callable[[dict], None]) -> BackendError:
+        ended = engine.run_module("distill.train", arguments, log, show, limit_seconds)
+        return engine.failure("Training", ended, log)
+
+    return publish(config.read_job(config_path), run_folder, "builtin", reason, work)
+
+
+def publish(job: dict, run_folder: Path, backend: str, reason: str, work: Callable[[Callable], BackendError]) -> TrainResult:
+    """Have `work` train a job and publish its checkpoint; believe only the checkpoint.
+
+    work  called with a function that shows the engine's events; returns the error to be raised where nothing new stands at the job's
+          `output_dir` afterwards
+    """
+    out_dir, started = Path(job["training"]["output_dir"]), time.monotonic()
     with store.lock(out_dir):
         store.recover(out_dir)
         before = checkpoint.run_id(out_dir)
         try:
             with progress(out_dir.name) as update:
-                ended = engine.run_module("distill.train", arguments, log, _progress(update))
+                failure = work(_progress(update))
         finally:
             store.recover(out_dir)
             shutil.rmtree(run_folder / "cache", ignore_errors=True)
         if checkpoint.run_id(out_dir) in (None, before):  # a new, sealed checkpoint is the proof; an exit status is none
-            raise engine.failure("Training", ended, log)
+            raise failure
         record = store.read_manifest(out_dir, name=RUN_RECORD)
-    return TrainResult(str(out_dir), "builtin", reason, time.monotonic() - started, record["metrics"], str(log))
+    return TrainResult(str(out_dir), backend, reason, time.monotonic() - started, record["metrics"], str(run_folder / "train.log"))
 
 
 def _progress(update) -> Callable[[dict], None]:

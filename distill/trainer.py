@@ -5,6 +5,7 @@ Every automatic choice returns (value, reason).
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import config, store
@@ -33,7 +34,11 @@ def precision_for(training: dict) -> tuple[str, str]:
     training  a job's block: `bf16` or `fp16` true asks for it, false rules it out, neither leaves the choice to the device
     Raises ConfigError where the device cannot do what is asked for.
     """
-    capability = gpu_capability()
+    return precision_on(gpu_capability(), training)
+
+
+def precision_on(capability: tuple[int, int] | None, training: dict) -> tuple[str, str]:
+    """`precision_for` on a GPU of this compute capability; None is a CPU."""
     best, reason = _best_precision(capability)
     asked = next((name for name in ("bf16", "fp16") if training.get(name)), None)
     if asked == "fp16" and capability is None:
@@ -59,13 +64,15 @@ def datasets(tokens: Path, cache: Path) -> tuple:
     shutil.rmtree(cache, ignore_errors=True)
     split = validation_path(tokens)
     places = [tokens, split if split.is_file() else None]
+    made = lambda place: Dataset.from_generator(supervised_rows, gen_kwargs={"path": str(place)}, cache_dir=str(cache))  # noqa: E731
     try:
-        return tuple(place and Dataset.from_generator(_labels, gen_kwargs={"path": str(place)}, cache_dir=str(cache)) for place in places)
+        return tuple(place and made(place) for place in places)
     except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from error  # what `_labels` said, without the wrapping
+        raise (error.__cause__ or error) from error  # what `supervised_rows` said, without the wrapping
 
 
-def _labels(path: str):
+def supervised_rows(path: str) -> Iterator[dict]:
+    """The rows of a token file: {"input_ids", "labels"}, -100 where nothing is supervised. Raises DataError where it is none."""
     for row in store.read_rows(path):
         ids, mask = row.get("input_ids"), row.get("completion_mask")
         if not ids or not mask or len(ids) != len(mask) or not any(mask):

@@ -68,3 +68,15 @@ def test_the_notebook_prepares_from_the_teachers_traces_where_asked(project, mic
     monkeypatch.setattr(notebook, "write_traces", lambda **asked: f"traces of {len(asked)} arguments")
     arguments = notebook.trace_arguments(own)
     assert arguments["source"] == f"traces of {len(own.traces)} arguments" and arguments["slice_str"] == "train"
+
+
+def test_windows_have_an_endpoints_traces_scored_and_are_refused_for_a_local_teacher(project, monkeypatch):
+    narrow = Wanted(use_micro_world="no", teacher="endpoint", rv_max=5)
+    assert choose(True, True, replace(narrow, rv_max=9)).judge is None
+    chosen, scored = choose(True, True, narrow), []
+    monkeypatch.setattr(notebook, "write_traces", lambda **asked: "traces.json")
+    monkeypatch.setattr(notebook, "score_traces", lambda *asked: scored.append(asked))
+    assert notebook.trace_arguments(chosen)["source"] == notebook.SCORED
+    assert scored == [("traces.json", notebook.SCORED, chosen.traces["teacher_model"])]
+    with pytest.raises(ConfigError, match="without RV and CD, which RV_MAX, LONG_SHARE would need"):
+        choose(True, True, replace(narrow, teacher="local-8bit", long_share=0.5))

@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each module imports only modules to its left.
 LAYERS = """
-    errors console store environment config prompt models generation sources engine answers label
-    selection preparation omnithought data traces checkpoint trainer train evaluate compare_page compare
-    microtasks microlab chat pipeline choice notebook demo cli
+    errors guard console process store environment easydistill config prompt models generation sources engine endpoint server asking
+    answers label selection preparation omnithought data traces own_traces checkpoint trainer train faults workplace launch
+    evaluate trace_tools compare_page compare judge microtasks microlab chat pipeline choice notebook doctor demo cli
 """.split()  # noqa: SIM905
 
 
@@ -72,7 +72,7 @@ SIGNATURES = {
     "*validation *seed *out_cot",
     "label_with_teacher": "teacher_model teacher_tokenizer items batch_size max_new_tokens temperature top_p mode",
     "format_prompt": "instruction input_text mode",
-    "run_easy_distill": "config_path *backend",
+    "run_easy_distill": "config_path *backend *time_limit_minutes",
     "distill_system1": "config",
     "distill_system2": "config",
     "load_teacher": "name *bits",
