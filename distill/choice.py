@@ -25,6 +25,8 @@ FOR_EASYDISTILL = {"lora_rank": 0, "group_by_length": False}
 MICRO_QUESTIONS = {
     full: {"slice_str": rows, "rows": None, "max_new_tokens": 256} for full, rows in ((False, "train[:1500]"), (True, "train"))
 }
+# Through a server on a CPU a few questions a second are answered; so many show the way.
+MICRO_ASKED = {"system1": 200, "system2": 60}
 MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
 
 
@@ -135,6 +137,10 @@ def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
     notes = [f"Models of the form ({reason}): {wanted.teacher_model} → {wanted.student_system1}, {wanted.student_system2}"]
     if not wanted.full_run:
         notes.append(f"Short run: at most {rows[0]} and {rows[1]} rows, {SHORT['epochs']} epoch. FULL_RUN = True takes the form's numbers.")
+    if wanted.teacher == "endpoint" and not wanted.endpoint_url:
+        notes.append(
+            "The lab serves the teacher in the precision that it is stored in: in 16 bits a 7B model takes about 15 GiB of the GPU."
+        )
     if not gpu:
         notes.append("Without a GPU this takes hours. USE_MICRO_WORLD = 'yes' shows every step in minutes.")
     prompts = wanted.compare_prompts or ["What is 17 + 25?"]
@@ -163,13 +169,18 @@ def _micro(wanted: Wanted, reason: str) -> Choice:
         data_system1={"slice_str": slices[0], "source": sources["distilqwen"], **_relabelling(wanted, names["teacher"])},
         data_system2={"slice_str": slices[1], "source": sources["omnithought"], "rows": None, "student_model": student2, "max_length": 256},
         judge=None,
-        traces=_tracing(wanted, names["teacher"], MICRO_QUESTIONS[wanted.full_run] | {"source": sources["omnithought"]}),
+        traces=_tracing(wanted, names["teacher"], _micro_questions(wanted) | {"source": sources["omnithought"]}),
         system1=_settings(wanted, "micro_system1", names["teacher"], names["student_system1"]),
         system2=_settings(wanted, "micro_system2", names["teacher"], student2),
         compare={"prompts": prompts, "teacher_path": names["teacher"]},
         questions={mode: next(one["prompt"] for one in prompts if mode in one["modes"]) for mode in ("system1", "system2")},
         notes=tuple(_micro_notes(wanted, reason, names, sources)),
     )
+
+
+def _micro_questions(wanted: Wanted) -> dict:
+    few = {"rows": MICRO_ASKED["system2"]} if wanted.teacher == "endpoint" and not wanted.full_run else {}
+    return MICRO_QUESTIONS[wanted.full_run] | few
 
 
 def _micro_notes(wanted: Wanted, reason: str, names: dict, sources: dict) -> list[str]:
@@ -186,7 +197,15 @@ def _micro_notes(wanted: Wanted, reason: str, names: dict, sources: dict) -> lis
         *[f"  {theirs}  →  {store.shown(ours)}" for theirs, ours in replaced],
         f"The form's {MICRO_FIELDS} are for the Qwen models;",
         "here the micro world's own stand in their place.",
+        *_asked_note(wanted),
     ]
+
+
+def _asked_note(wanted: Wanted) -> list[str]:
+    if wanted.teacher != "endpoint" or wanted.full_run:
+        return []
+    first, traces = MICRO_ASKED.values()
+    return [f"The endpoint is asked for {first} labels and {traces} traces, which show the way; FULL_RUN = True asks for all."]
 
 
 def _settings(wanted: Wanted, preset: str, teacher: str, student: str) -> dict:
@@ -197,7 +216,8 @@ def _settings(wanted: Wanted, preset: str, teacher: str, student: str) -> dict:
 def _relabelling(wanted: Wanted, teacher: str) -> dict:
     if wanted.teacher == "dataset":
         return {}
-    return {"relabel_with_teacher": True, "teacher_model": _teacher(wanted, teacher)}
+    few = wanted.teacher == "endpoint" and teacher == str(MICRO / "teacher") and not wanted.full_run
+    return {"relabel_with_teacher": MICRO_ASKED["system1"] if few else True, "teacher_model": _teacher(wanted, teacher)}
 
 
 def _tracing(wanted: Wanted, teacher: str, questions: dict) -> dict | None:

@@ -170,6 +170,13 @@ def test_an_endpoint_is_asked_for_the_model_of_the_form():
     assert (asked.model, asked.base_url) == ("big", "http://127.0.0.1:9/v1")
 
 
+def test_a_server_on_a_cpu_is_asked_for_little_unless_the_full_run_is_wanted():
+    short, full = (choose(False, False, Wanted(teacher="endpoint", full_run=full)) for full in (False, True))
+    assert (short.data_system1["relabel_with_teacher"], short.traces["rows"]) == (200, 60)
+    assert any("200 labels and 60 traces" in note for note in short.notes)
+    assert (full.data_system1["relabel_with_teacher"], full.traces["rows"]) == (True, None)
+
+
 @pytest.mark.parametrize("backend", ["auto", "easydistill", "builtin"])
 @pytest.mark.parametrize("micro", ["yes", "no"])
 def test_the_backend_of_the_form_trains_both_students(micro, backend):
