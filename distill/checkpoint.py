@@ -13,6 +13,7 @@ from .models import RUN_RECORD, load_to_train
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 ENGINE_MODULES = ("train.py", "trainer.py", "checkpoint.py")
+LAUNCH_MODULES = ("launch.py", "workplace.py", "checkpoint.py")
 
 
 def check_out_dir(out_dir: str | Path) -> None:
@@ -33,9 +34,9 @@ def run_id(out_dir: Path) -> str | None:
     return record.get("run_id") if isinstance(record, dict) else None
 
 
-def engine_sha256() -> str:
-    """SHA-256 (hex) of the modules that decide a training."""
-    return store.hash_json([store.hash_file(Path(__file__).with_name(name)) for name in ENGINE_MODULES])
+def engine_sha256(modules: tuple = ENGINE_MODULES) -> str:
+    """SHA-256 (hex) of the modules that decide a training: the built-in engine's, or those that launch EasyDistill."""
+    return store.hash_json([store.hash_file(Path(__file__).with_name(name)) for name in modules])
 
 
 # Saving
@@ -125,7 +126,7 @@ def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: di
         "chosen": chosen,
         "student_sha256": store.hash_json(student),
         "tokens_sha256": store.hash_file(Path(job["dataset"]["labeled_path"])),
-        "engine_sha256": engine_sha256(),
+        "engine_sha256": engine_sha256(LAUNCH_MODULES if easydistill else ENGINE_MODULES),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         **({"easydistill": easydistill} if easydistill else {}),
         "metrics": metrics,

@@ -137,6 +137,8 @@ def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
     notes = [f"Models of the form ({reason}): {wanted.teacher_model} → {wanted.student_system1}, {wanted.student_system2}"]
     if not wanted.full_run:
         notes.append(f"Short run: at most {rows[0]} and {rows[1]} rows, {SHORT['epochs']} epoch. FULL_RUN = True takes the form's numbers.")
+    if wanted.backend == "easydistill":
+        notes.append("EasyDistill trains every weight, in fp32: 16 bytes a parameter, about 8 GiB for 0.5B and 25 GiB for 1.5B.")
     if wanted.teacher == "endpoint" and not wanted.endpoint_url:
         notes.append(
             "The lab serves the teacher in the precision that it is stored in: in 16 bits a 7B model takes about 15 GiB of the GPU."

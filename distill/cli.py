@@ -6,7 +6,7 @@ import sys
 
 from . import console, store
 from .cli_data import DATA_COMMANDS, add_judge, read_list
-from .errors import ConfigError, DistillError
+from .errors import BackendError, ConfigError, DistillError
 
 DESCRIPTION = "Turn a big Qwen teacher into a small student. Start with `demo`: it needs no GPU, no network and no model hub."
 EPILOG = """examples:
@@ -172,6 +172,8 @@ def _setup_easydistill(options) -> dict:
     from .easydistill import setup_easydistill
 
     found = setup_easydistill(*options.majors, extras=options.extras)
+    if missing := [f"{major}.x" for major, installation in found.items() if installation is None]:
+        raise BackendError(f"EasyDistill {' and '.join(missing)} could not be set up; the lines above say why.")
     return {
         f"{major}.x": installation and {"version": installation.version, "home": str(installation.home)}
         for major, installation in found.items()

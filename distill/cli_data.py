@@ -6,6 +6,8 @@ from dataclasses import asdict
 from . import store
 from .errors import ConfigError
 
+ASKING = ("key_variable", "chunk_rows", "workers")
+
 
 def _add_prepare_system1(commands) -> argparse.ArgumentParser:
     from .data import DISTILQWEN
@@ -128,9 +130,9 @@ def _add_teachers_place(parser: argparse.ArgumentParser) -> None:
 
 def _add_asking(parser: argparse.ArgumentParser) -> None:
     """How an endpoint is asked."""
-    parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the API's key")
-    parser.add_argument("--chunk-rows", type=int, default=32, help="rows asked at a time, which a kill may lose (default 32)")
-    parser.add_argument("--workers", type=int, default=8, help="questions under way at the same time (default 8)")
+    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the API's key (default OPENAI_API_KEY)")
+    parser.add_argument("--chunk-rows", type=int, help="rows asked at a time, which a kill may lose (default 32)")
+    parser.add_argument("--workers", type=int, help="questions under way at the same time (default 8)")
 
 
 def _teacher(options):
@@ -139,15 +141,15 @@ def _teacher(options):
         if getattr(options, "bits", None):
             raise ConfigError("--bits is for a teacher that is loaded here; one behind an API keeps its own precision. Leave it out.")
         return _endpoint(options, options.teacher)
-    if options.prompt_file:
-        raise ConfigError("--prompt-file is for a teacher behind an API: give --endpoint or --serve too.")
+    if given := [f"--{name.replace('_', '-')}" for name in ("prompt_file", *ASKING) if getattr(options, name) is not None]:
+        raise ConfigError(f"{' and '.join(given)}: for a teacher behind an API; give --endpoint or --serve too.")
     return options.teacher
 
 
 def _endpoint(options, model: str):
     from .endpoint import Endpoint
 
-    asked = {name: getattr(options, name) for name in ("key_variable", "chunk_rows", "workers")}
+    asked = {name: value for name in ASKING if (value := getattr(options, name)) is not None}
     return Endpoint(model, options.endpoint, prompt_file=getattr(options, "prompt_file", None), **asked)
 
 

@@ -15,7 +15,6 @@ KEYS = {
     "HF_TOKEN": "private and gated models and data; public ones need none",
     "OPENAI_API_KEY": "a teacher or judge behind an API that asks for a key",
 }
-DRIVER = Path("/proc/driver/nvidia/gpus")
 MARKS = {True: "yes", False: "no"}
 
 
@@ -159,14 +158,14 @@ def _missing(brought: dict | None, trouble: str, installations: dict, servers: d
     missing = []
     if not brought:
         missing.append({"what": f"the engine: {trouble}", "command": _in_a_shell(environment.SETUP)})
-    elif DRIVER.is_dir() and not brought["gpu"]:
+    elif engine.gpu_is_visible() and not brought["gpu"]:
         missing.append({"what": "a torch that can use this machine's GPU", "command": "see pytorch.org for the build of your CUDA driver"})
     for major, (installation, reason) in installations.items():
         if not installation:
             command = f"python distill_app.py setup-easydistill {major}"
             missing.append({"what": f"EasyDistill {major}.x (optional): {reason}", "command": command})
     if brought and not servers["transformers serve"]["available"]:
-        command = f"{brought['path']} -m pip install 'transformers[serving]'"
+        command = f"{brought['path']} -m pip install -r requirements.txt"
         missing.append({"what": f"transformers serve (optional): {servers['transformers serve']['why']}", "command": command})
     return missing
 

@@ -86,7 +86,7 @@ def command(installation: Installation) -> list[str]:
 def find(major: int) -> tuple[Installation | None, str]:
     """The installation of EasyDistill `major`.x, or None; and where it is, or why there is none, as a sentence. Loads none of its packages.
 
-    Looks into EASYDISTILL_HOME's places, each an environment or a checkout; without any, into the project's `.easydistill`.
+    Looks into EASYDISTILL_HOME's places, each an environment or a checkout, then into the project's `.easydistill`.
     """
     reasons = []
     for place, origin in _places(major):
@@ -95,7 +95,8 @@ def find(major: int) -> tuple[Installation | None, str]:
         except DistillError as error:
             reasons.append(str(error))
         else:
-            return found, f"EasyDistill {found.version} in {store.shown(place)}, by {origin}"
+            passed_over = reasons if origin == FOLDER else []  # of several that are named, each is another version's
+            return found, " ".join([f"EasyDistill {found.version} in {store.shown(place)}, by {origin}", *passed_over])
     return None, " ".join(reasons)
 
 
@@ -121,7 +122,7 @@ def _abilities() -> str:
 
 def _places(major: int) -> list[tuple[str, str]]:
     named = [part for part in os.environ.get(HOME, "").split(os.pathsep) if part.strip()]
-    return [(part, HOME) for part in named] or [(str(_own_checkout(major)), FOLDER)]
+    return [*((part, HOME) for part in named), (str(_own_checkout(major)), FOLDER)]
 
 
 def _own_checkout(major: int) -> Path:
@@ -216,7 +217,8 @@ def setup_easydistill(*majors: int, extras: Iterable[str] = ()) -> dict[int, Ins
 
     majors  1 (trains; the default), 2 (makes data with a teacher behind an API), or both
     extras  "vllm" and "deepspeed", for 1.x jobs of your own; no job of the lab needs them, and vLLM brings a torch of its own
-    Fetches what is missing, which takes a few minutes and a network. Where that cannot be, says why and what works without.
+    Fetches what EASYDISTILL_HOME does not name, which takes a few minutes and a network. Where that cannot be, says why and what works
+    without.
     Returns {major: its installation, or None}. Raises ConfigError for a number that no EasyDistill has, and for other extras.
     """
     if unknown := sorted(set(extras) - EXTRAS.keys()):
@@ -234,7 +236,7 @@ def _set_up(major: int, extras: list[str]) -> Installation | None:
                 _install(major, extras)
             installation, reason = find(major)
         except (DistillError, OSError) as error:
-            reason = str(error)
+            installation, reason = None, f"{reason} {error}" if os.environ.get(HOME, "").strip() else str(error)
     if installation is None:
         reason += ("\n" if "\n" in reason else " ") + f"Going on without EasyDistill {major}.x: {INSTEAD[major]}."
     say(reason)
@@ -243,22 +245,19 @@ def _set_up(major: int, extras: list[str]) -> Installation | None:
 
 def _install(major: int, extras: list[str]) -> None:
     """A checkout, fetched if there is none → its environment."""
-    if os.environ.get(HOME, "").strip():
-        checkout = _named_checkout(major)
-    else:
-        checkout = _own_checkout(major)
-        if major_of(checkout / "easydistill") != major:
-            _fetch(major, checkout)
+    checkout = _named_checkout(major) or _own_checkout(major)
+    if major_of(checkout / "easydistill") != major:
+        _fetch(major, checkout)
     recipe = _recipe(checkout, major, extras)
     environment.make(recipe, lambda python, update: _prove(python, recipe, major, update))
 
 
-def _named_checkout(major: int) -> Path:
-    """The checkout that EASYDISTILL_HOME names and that lacks nothing but an environment. Raises BackendError where there is none."""
-    for place in [store.resolve(place) for place, _ in _places(major)]:
+def _named_checkout(major: int) -> Path | None:
+    """The checkout that EASYDISTILL_HOME names and that lacks nothing but an environment; None where there is none."""
+    for place in [store.resolve(place) for place, origin in _places(major) if origin == HOME]:
         if not _is_there(place / "bin" / "python") and not _own_python(place) and major_of(place / "easydistill") == major:
             return place
-    raise BackendError(f"{find(major)[1]} Let {HOME} name another place, or unset it, and run `{setup_call(major)}` again.")
+    return None
 
 
 def _fetch(major: int, checkout: Path) -> None:

@@ -73,8 +73,11 @@ class Endpoint:
 
     @property
     def key(self) -> str | None:
-        """The key, where the environment has one; a server of the lab's own needs none."""
-        return os.environ.get(self.key_variable) or None if self.base_url else None
+        """The key, where the environment has one; a server of the lab's own needs none. Raises ConfigError for what can be no key."""
+        key = os.environ.get(self.key_variable, "").strip() if self.base_url else ""
+        if not re.fullmatch(r"[!-~]*", key):
+            raise ConfigError(f"What {self.key_variable} holds is no key: there are blanks or signs in it that no header can carry.")
+        return key or None
 
     @property
     def prompt(self) -> str:

@@ -191,7 +191,7 @@ def make(recipe: Recipe, prove: Callable[[Path, Callable], None]) -> None:
     installer = _installer(recipe.folder)
     say(f"Making {store.shown(recipe.folder)}: once, a few minutes; this Python's packages stay as they are")
     try:
-        _remove(recipe.folder)  # not made to its end, or for something else
+        _put_aside(recipe)  # one that works still, for something else, comes back where this one fails
         recipe.log.parent.mkdir(parents=True, exist_ok=True)
         recipe.log.write_text("", encoding="utf-8")
         with progress(f"{recipe.name}'s environment") as update, TemporaryDirectory() as folder:
@@ -201,16 +201,26 @@ def make(recipe: Recipe, prove: Callable[[Path, Callable], None]) -> None:
             update(1, total=1, note="trying it")
             prove(python_of(recipe.folder), update)
         store.write_json(recipe.folder / SEALED, recipe.facts)
+        shutil.rmtree(_aside(recipe), ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(recipe.folder, ignore_errors=True)
+        if _aside(recipe).exists():
+            _aside(recipe).rename(recipe.folder)
         if isinstance(error, OSError):
             raise failure(recipe, shortened(error)) from error
         raise
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _put_aside(recipe: Recipe) -> None:
+    shutil.rmtree(_aside(recipe), ignore_errors=True)
+    if (recipe.folder / SEALED).is_file():
+        recipe.folder.rename(_aside(recipe))
+    elif recipe.folder.exists():  # not made to its end
+        shutil.rmtree(recipe.folder)
+
+
+def _aside(recipe: Recipe) -> Path:
+    return recipe.folder.with_name(f"{recipe.folder.name}.previous")
 
 
 def _installer(folder: Path) -> list[str]:
@@ -258,7 +268,7 @@ def run(command: list[str], recipe: Recipe, update: Callable) -> None:
 
 def without_credentials(line: str) -> str:
     """A line without the user name and password that an address in it may carry, as a private package index's does."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "***@", line)
+    return re.sub(r"(?<=://)\S*@", "***@", line)
 
 
 def failure(recipe: Recipe, what: str) -> BackendError:
@@ -282,7 +292,7 @@ def probe(python: str | Path) -> dict:
     """What an interpreter brings, asked in a process of its own, so that this one loads no torch and holds no GPU memory.
 
     Returns {"python", "torch", "torch_folder", "versions": {package: version}, "optional": {package: version or None}, "lacking",
-    "gpu": {"name", "gib", "capability", "bf16"} or None}.
+    "gpu": {"name", "gib", "free_gib", "capability", "bf16"} or None}.
     Raises BackendError where its packages do not load.
     """
     done = subprocess.run([str(python), "-m", "distill.environment"], cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -301,7 +311,13 @@ def main() -> None:
     gpu = None
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
-        gpu = {"name": facts.name, "gib": round(facts.total_memory / 2**30, 1), "capability": f"{facts.major}.{facts.minor}"}
+        free_gib = round(torch.cuda.mem_get_info()[0] / 2**30, 1)
+        gpu = {
+            "name": facts.name,
+            "gib": round(facts.total_memory / 2**30, 1),
+            "free_gib": free_gib,
+            "capability": f"{facts.major}.{facts.minor}",
+        }
         gpu["bf16"] = facts.major >= 8  # before that it is emulated, and slow
     versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)} | {"datasets": version("datasets")}
     found = {"python": platform.python_version(), "torch": version("torch"), "torch_folder": str(Path(torch.__file__).parent)}

@@ -7,6 +7,7 @@ Only a run that failed is diagnosed: a line that says "error" is no fault by its
 import re
 from dataclasses import dataclass
 
+TRACEBACK = "Traceback (most recent call last)"
 FULL_BYTES = 64 * 2**20  # less than this left on the disk is a full one
 
 
@@ -50,7 +51,7 @@ KNOWN = (
     ("out of memory", _SMALLER, r"can't allocate memory|MemoryError\b|Cannot allocate memory|\[Errno 12\]"),
     (
         "a full disk",
-        "Free some space; a checkpoint takes 4 bytes a parameter, and it is written twice.",
+        "Free some space; a checkpoint takes 4 bytes a parameter, and is written up to three times.",
         r"No space left on device|Disk quota exceeded|File too large|\(?os error (?:28|122|27)\)?|\[Errno (?:28|122|27)\]|"
         r"PytorchStreamWriter failed|unexpected pos \d+ vs",
     ),
@@ -127,9 +128,10 @@ def diagnose(log: str, facts: Facts) -> Fault:
             f"it hangs: nothing was heard of it for long, after {facts.seconds:.0f} s in all",
             "Try again; where it hangs again, take backend = 'builtin'.",
         )
-    for name, advice, pattern in KNOWN:
-        if found := re.search(pattern, log, re.M):
-            return Fault(name.format(next(filter(None, found.groups()), "")), advice)
+    for text in (log[log.find(TRACEBACK) :] if TRACEBACK in log else "", log):  # what was said when it broke, before all else
+        for name, advice, pattern in KNOWN:
+            if found := re.search(pattern, text, re.M):
+                return Fault(name.format(next(filter(None, found.groups()), "")), advice)
     if facts.free_bytes is not None and facts.free_bytes < FULL_BYTES:
         return Fault("a full disk", "Free some space.")
     if facts.status < 0:

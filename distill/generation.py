@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .errors import ConfigError, DataError
@@ -65,7 +66,6 @@ def generate(
 
     stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature else {"do_sample": False}
-    # a whole configuration of its own: the model's may sample, penalise repetition or stop elsewhere
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling)
     answers: list[Answer | None] = [None] * len(asked)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the caller's own random numbers go on as before
@@ -85,10 +85,23 @@ def _answer_batch(model, tokenizer, asked: list[list[int]], settings, streamer) 
 
     inputs = _left_padded(asked, tokenizer.pad_token_id, model.device)
     stops, clock = settings.eos_token_id, _clock(settings.eos_token_id)
-    with torch.inference_mode():
+    with torch.inference_mode(), _alone(model, settings):
         made = model.generate(**inputs, generation_config=settings, stopping_criteria=[clock], streamer=streamer)
     new = made[:, inputs["input_ids"].shape[1] :].tolist()
     return [_answer(tokenizer, ids, stops, clock.ended(row)) for row, ids in enumerate(new)]
+
+
+@contextmanager
+def _alone(model, settings) -> Iterator[None]:
+    """Within the block a model has no generation settings but these.
+
+    Its own may sample, penalise repetition (Qwen2.5-Instruct's do) or stop elsewhere, and `generate` fills with them whatever is left open.
+    """
+    its_own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = its_own
 
 
 def _clock(stops: list[int]):

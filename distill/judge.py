@@ -95,20 +95,23 @@ def _read(place: Path) -> dict | list[dict]:
         value = store.read_json(place)
     except DataError:  # not one JSON value, so JSON lines or nothing good
         return list(store.read_rows(place))
-    return value if isinstance(value, list) or "prompts" in value else [value]
+    return value if isinstance(value, list) or (isinstance(value, dict) and "prompts" in value) else [value]
 
 
 def _of_comparison(comparison: dict) -> list[dict]:
-    names = {column["role"]: column["path"] for column in comparison["columns"]}
-    return [
-        {
-            "model": names[answer["role"]],
-            "mode": answer["mode"],
-            "instruction": comparison["prompts"][answer["prompt"]]["prompt"],
-            "output": answer["text"],
-        }
-        for answer in comparison["answers"]
-    ]
+    try:
+        names = {column["role"]: column["path"] for column in comparison["columns"]}
+        return [
+            {
+                "model": names[answer["role"]],
+                "mode": answer["mode"],
+                "instruction": comparison["prompts"][answer["prompt"]]["prompt"],
+                "output": answer["text"],
+            }
+            for answer in comparison["answers"]
+        ]
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError("This is no comparison of the lab: give comparison.json as `compare` writes it, or rows of answers.") from error
 
 
 def _key(row: dict) -> str:

@@ -79,11 +79,11 @@ def _model_types(installation: Installation) -> set[str]:
 
 def _memory_problems(student: Path, gpu: dict | None) -> list[str]:
     needed = parameters_in(student) * BYTES_PER_PARAMETER / 2**30
-    free, where = (gpu["gib"], f"the GPU ({gpu['name']}) has") if gpu else (free_ram_gib(), "of memory is free:")
+    free, where = (gpu["free_gib"], f"the GPU ({gpu['name']})") if gpu else (free_ram_gib(), "this machine")
     if free is None or needed <= free:
         return []
     return [
-        f"it trains every weight in fp32, which takes {needed:.1f} GiB for this student, and {where} {free:.1f} GiB. "
+        f"it trains every weight in fp32, which takes {needed:.1f} GiB for this student, and {where} has {free:.1f} GiB free. "
         "Take a smaller student, or lora_rank, which only the built-in engine does."
     ]
 
@@ -107,13 +107,19 @@ def free_ram_gib() -> float | None:
     free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     limit, used = ((group / name).read_text().strip() if (group / name).is_file() else "" for name in ("memory.max", "memory.current"))
     if limit.isdigit() and used.isdigit():
-        free = min(free, int(limit) - int(used))
+        free = min(free, int(limit) - int(used) + _reclaimable(group / "memory.stat"))
     return free / 2**30
+
+
+def _reclaimable(stat: Path) -> int:
+    """Bytes of files' contents that a container keeps in memory and gives up when it needs the room."""
+    lines = stat.read_text().splitlines() if stat.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _gpu() -> dict | None:
     """The GPU that the engine's torch sees, as `environment.probe` tells."""
-    return environment.probe(environment.engine_python()[0])["gpu"] if engine.gpu_is_visible() else None
+    return environment.probe(environment.engine_python()[0])["gpu"]
 
 
 def _capability(gpu: dict | None) -> tuple[int, int] | None:
@@ -133,8 +139,6 @@ def run(
     """
     job, work = config.read_job(config_path), run_folder / "easydistill"
     say("EasyDistill measures no validation loss and answers no samples: its last checkpoint is the one that is published")
-    if installation.major != 1:
-        raise BackendError(f"This is {installation.version}. {easydistill.ABILITIES[2]}. Run `{easydistill.setup_call(1)}`.")
 
     def launch_and_adopt(show: Callable[[dict], None]) -> BackendError:
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
@@ -202,7 +206,7 @@ def read_line(line: str) -> dict:
         return {"step": int(bar[1]), "steps": int(bar[2])}
     if not re.match(r"\{'(?:loss|train_runtime)': ", said):
         return {}
-    figures = {key: float(value) for key, value in re.findall(r"'(\w+)': (-?[\d.]+(?:e-?\d+)?|-?inf|nan)", said)}
+    figures = {key: float(value) for key, value in re.findall(r"'(\w+)': (-?[\d.]+(?:e[+-]?\d+)?|-?inf|nan)", said)}
     return {key: value if math.isfinite(value) else None for key, value in figures.items()}
 
 

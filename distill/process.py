@@ -1,10 +1,12 @@
 """Run commands: an argument list, never a shell; a process group of its own, which ends with the command, its time or the lab.
 
 Ending only the process that was started would leave those that it started at work: EasyDistill's command line, killed, leaves its
-training behind. So the whole group is ended, whether its first process is still there or not.
+training behind, and a training on several GPUs puts each worker into a session of its own. So all that a command started is ended, whether
+its first process is still there or not: its group, and every process that bears its mark, which a child inherits in its environment.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import store
 from .errors import shortened
+from .guard import MARK, marked, send
 
 LOG_TAIL_LINES = 20
 PATIENCE_SECONDS = 10  # between asking a group to end and ending it
@@ -55,19 +59,20 @@ def run(
     clean            applied to each line before anybody sees it
     limit_seconds    wall-clock time after which the group is ended
     silence_seconds  time without a line after which the group is ended
-    An exception in `on_line`, and an interrupt, end the group too.
+    An exception in `on_line`, and an interrupt, end the group too. Raises ConfigError where the log cannot be written.
     """
     started = time.monotonic()
-    child = start(command, cwd=cwd, env=env, output=subprocess.PIPE)
-    with _watch(child, limit_seconds, silence_seconds) as watch, open(log, "a" if append else "w", encoding="utf-8") as file:
+    with store.cannot_write(log), open(log, "a" if append else "w", encoding="utf-8") as file:
+        child = start(command, cwd=cwd, env=env, output=subprocess.PIPE)
         try:
-            for line in child.stdout:
-                watch.heard_at = time.monotonic()
-                line = clean(line)
-                if on_line(line.rstrip("\n")) is not False:
-                    file.write(line)
-                    file.flush()
-            child.wait()
+            with _watch(child, limit_seconds, silence_seconds) as watch:
+                for line in child.stdout:
+                    watch.heard_at = time.monotonic()
+                    line = clean(line)
+                    if on_line(line.rstrip("\n")) is not False:
+                        file.write(line)
+                        file.flush()
+                child.wait()
         finally:
             end(child)
     return Ended(child.returncode, watch.overdue, time.monotonic() - started)
@@ -80,61 +85,56 @@ def start(command: list[str], *, cwd=None, env: dict | None = None, output) -> s
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT}
     guarded = [sys.executable, "-I", str(GUARD), *map(str, command)]
+    env = dict(os.environ if env is None else env)
+    env[MARK] = mark = f"{os.environ.get(MARK, '')}/{secrets.token_hex(8)}"  # what a marked process starts bears both marks
     child = subprocess.Popen(guarded, cwd=cwd, env=env, start_new_session=True, encoding="utf-8", errors="replace", **pipes)
-    _running.add(child)
+    _running[child] = mark
     return child
 
 
-_running: set[subprocess.Popen] = set()
+_running: dict[subprocess.Popen, str] = {}
 
 
 def ask_all_to_end(number: int = signal.SIGTERM) -> None:
     """Send a signal to every group that this process has started and not ended; whoever waits for one goes on."""
-    for child in list(_running):
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+    for child, mark in list(_running.items()):
+        _signal(child, mark, number)
 
 
 def end(child: subprocess.Popen) -> None:
-    """End a child's whole group, and close what connects it. Returns when none of it is at work."""
-    _end_group(child)
+    """End all that a child started, and close what connects it. Returns when none of it is at work."""
+    _end_all_of(child)
     child.wait()
-    _running.discard(child)
+    _running.pop(child, None)
     for pipe in (child.stdin, child.stdout):
         if pipe:
             with suppress(BrokenPipeError):
                 pipe.close()
 
 
-def _end_group(child: subprocess.Popen) -> None:
+def _end_all_of(child: subprocess.Popen) -> None:
     """First politely, then not."""
+    mark = _running.get(child, "")
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+        _signal(child, mark, number)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while _is_at_work(child) and time.monotonic() < deadline:
+        while _is_at_work(child, mark) and time.monotonic() < deadline:
             time.sleep(0.02)
-        if not _is_at_work(child):
+        if not _is_at_work(child, mark):
             return
 
 
-def _is_at_work(child: subprocess.Popen) -> bool:
-    """Whether any process of a child's group has not ended. One that has, and that nobody has asked about, is still in the group."""
+def _signal(child: subprocess.Popen, mark: str, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+    for pid in marked(mark):
+        send(pid, number)
+
+
+def _is_at_work(child: subprocess.Popen, mark: str) -> bool:
+    """Whether any process that a child started has not ended. One that has, and that nobody has asked about, is in its group still."""
     child.poll()
-    try:
-        os.killpg(child.pid, 0)
-    except ProcessLookupError:
-        return False
-    states = [_group_and_state(place) for place in Path("/proc").glob("[0-9]*/stat")]
-    return any(group == child.pid and state not in "ZX" for group, state in states) if states else True
-
-
-def _group_and_state(stat: Path) -> tuple[int, str]:
-    try:
-        fields = stat.read_text(errors="replace").rpartition(")")[2].split()  # a command's name may hold blanks and brackets
-    except OSError:
-        return 0, "X"  # it has ended since
-    return int(fields[2]), fields[0]
+    return bool(marked(mark))
 
 
 @dataclass
@@ -157,7 +157,7 @@ def _watch(child: subprocess.Popen, limit_seconds: float | None, silence_seconds
             elif silence_seconds and now - watch.heard_at > silence_seconds:
                 watch.overdue = "silence"
             if watch.overdue or child.poll() is not None:  # what the command left behind would keep its output open
-                _end_group(child)
+                _end_all_of(child)
                 return
 
     thread = threading.Thread(target=look, daemon=True)

@@ -54,7 +54,10 @@ def serving(model: str, log: Path) -> Iterator["Server"]:
 
 
 def link_model(model: str, folder: Path) -> None:
-    """Make a folder that a server may read: links to a model's files, and a tokenizer_config.json that has answers left whole.
+    """Make a folder that a server may read: links to a model's files, and two files that have it answer as the lab itself does.
+
+    Of generation settings only the stop tokens stay: a server adds the model's own to what it is asked (Qwen2.5-Instruct's penalise
+    repetition).
 
     `transformers serve` takes the thought out of an answer of Qwen's and puts it where a client of OpenAI's does not look, unless the
     tokenizer says how an answer is to be read; here all of it up to its end is the answer.
@@ -62,12 +65,13 @@ def link_model(model: str, folder: Path) -> None:
     source = models.local_folder(model)
     folder.mkdir(parents=True)
     for file in source.iterdir():
-        if file.is_file() and file.name != TOKENIZER:
+        if file.is_file() and file.name not in (TOKENIZER, GENERATION):
             (folder / file.name).symlink_to(file.resolve())
     tokenizer = models.load_tokenizer(str(source), "teacher")
     generation = store.read_json(source / GENERATION) if store.is_file(source / GENERATION) else {}
     named = generation.get("eos_token_id") or []
     stops = dict.fromkeys([*prompt.stop_ids(tokenizer), *(named if isinstance(named, list) else [named])])
+    store.write_json(folder / GENERATION, {"eos_token_id": list(stops), "pad_token_id": tokenizer.pad_token_id})
     ends = [tokenizer.convert_ids_to_tokens(number) for number in stops]
     whole = {"start_anchor_pattern": ".+", "defaults": {"role": "assistant"}, "fields": {"content": {"content": "text", "close": ends}}}
     known = store.read_json(source / TOKENIZER) if store.is_file(source / TOKENIZER) else {}

@@ -83,7 +83,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
     Raises ConfigError where the place cannot be written to.
     """
     path = resolve(path)
-    with _cannot_write(path), _folder_for(path) as temporary:
+    with cannot_write(path), _folder_for(path) as temporary:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
             file.flush()
@@ -98,7 +98,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     A folder that stood at `path` is kept as `<path>.previous`; the one that stood there before is removed.
     """
     path = resolve(path)
-    with _cannot_write(path), _folder_for(path) as temporary:
+    with cannot_write(path), _folder_for(path) as temporary:
         temporary.mkdir()
         yield temporary
         publish_folder(temporary, path)
@@ -140,7 +140,7 @@ def _previous(path: Path) -> Path:
 def check_writable(path: str | Path) -> None:
     """Raise ConfigError unless a file or folder could be made at `path`; nothing stays behind."""
     path = resolve(path)
-    with _cannot_write(path), _folder_for(path) as temporary:
+    with cannot_write(path), _folder_for(path) as temporary:
         temporary.touch()
 
 
@@ -174,7 +174,8 @@ def _is_there(path: Path) -> bool:
 
 
 @contextmanager
-def _cannot_write(path: Path) -> Iterator[None]:
+def cannot_write(path: Path) -> Iterator[None]:
+    """Within the block, what fails in writing at `path` is a ConfigError that says so."""
     try:
         yield
     except OSError as error:
@@ -248,7 +249,7 @@ def read_json(path: str | Path):
 
 def append_json_line(path: str | Path, value) -> None:
     """Add one JSON value as one line, in a single write, so that a reader never meets half of an earlier line."""
-    with open(path, "ab", buffering=0) as file:
+    with cannot_write(Path(path)), open(path, "ab", buffering=0) as file:
         file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
 
 
@@ -424,7 +425,7 @@ def lock(target: str | Path) -> Iterator[None]:
     target = resolve(target)
     place = Path(gettempdir()) / f"qwen-lab-{hashlib.sha256(os.fsencode(target)).hexdigest()[:24]}.lock"
     try:
-        with _cannot_write(place):
+        with cannot_write(place):
             held = FileLock(place).acquire(blocking=False)
     except Timeout as error:
         raise DistillError(f"Another run is writing {shown(target)} now. Wait for it, or choose another place.") from error

@@ -87,7 +87,7 @@ def _progress(update) -> Callable[[dict], None]:
             say(sample_line(event["sample"]))
             return
         latest.update((name, event[key]) for key, name in (("loss", "loss"), ("eval_loss", "val")) if key in event)
-        update(event["step"], total=event["steps"], note=", ".join(f"{name} {value:.3f}" for name, value in latest.items()))
+        update(event["step"], total=event.get("steps"), note=", ".join(f"{name} {value:.3f}" for name, value in latest.items()))
 
     return show
 

@@ -5,7 +5,9 @@ transformers 4.51 does. So the safe folder holds links to its environment, its c
 transformers reads, a job with these paths, and an `accelerate` of ours that starts one process a GPU.
 """
 
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -19,12 +21,13 @@ from .easydistill import Installation
 from .errors import BackendError, ConfigError
 
 PLAIN = re.compile(r"[A-Za-z0-9_./-]+")
-SAFE_NAME = "qwen-lab-easydistill-"
+# this machine's, so that another container that shares the folder for temporary files leaves it alone
+SAFE_NAME = f"qwen-lab-easydistill-{hashlib.sha256(platform.node().encode()).hexdigest()[:6]}-"
 WEIGHTS = "model*.safetensors"
-# not handed on: keys, which EasyDistill has no use for, and what would lead its Python, accelerate or wandb elsewhere
+# not handed on: keys, which EasyDistill has no use for, and what would lead its Python, accelerate, wandb or bars elsewhere
 SECRET = re.compile(r"KEY|TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL", re.I)
 LEADS_ELSEWHERE = re.compile(
-    r"(?:PYTHON|ACCELERATE|WANDB|HF_DATASETS|HF_HUB_CACHE|VIRTUAL_ENV|TRANSFORMERS_CACHE)|(?:LOCAL_)?(?:RANK|WORLD_SIZE)$|MASTER_"
+    r"(?:PYTHON|ACCELERATE|WANDB|TQDM|HF_DATASETS|HF_HUB_CACHE|VIRTUAL_ENV|TRANSFORMERS_CACHE)|(?:LOCAL_)?(?:RANK|WORLD_SIZE)$|MASTER_"
 )
 ACCELERATE = """#!/usr/bin/env python3
 import os

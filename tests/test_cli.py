@@ -67,7 +67,7 @@ def test_shorten_takes_a_prompt_of_ones_own(project, server):
     ("arguments", "said"),
     [
         (["--bits", "4", "--endpoint", "http://127.0.0.1:9/v1"], "--bits is for a teacher that is loaded here"),
-        (["--prompt-file", "p.txt"], "--prompt-file is for a teacher behind an API"),
+        (["--prompt-file", "p.txt", "--workers", "2"], "--prompt-file and --workers: for a teacher behind an API"),
         (["--endpoint", "nowhere"], "base_url: is no address"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--top-p", "0.5"], "hands no top_p on"),
     ],

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from distill import console, doctor, easydistill, environment, pipeline
+from distill import console, doctor, easydistill, engine, environment, pipeline
 from distill.errors import BackendError
 
 GPU = {"name": "Tesla T4", "gib": 14.7, "capability": "7.5", "bf16": False}
@@ -36,7 +36,7 @@ def machine(monkeypatch, tmp_path):
             return (found, f"EasyDistill {major}.0.0 is there") if major in installed else (None, f"EasyDistill {major}.x is not there.")
 
         monkeypatch.setattr(easydistill, "find", find)
-        monkeypatch.setattr(doctor, "DRIVER", tmp_path / "no-driver")
+        monkeypatch.setattr(engine, "gpu_is_visible", lambda: False)
 
     return put
 
@@ -117,7 +117,7 @@ def test_what_is_missing_comes_with_the_command_that_mends_it(machine):
     commands = missing(found)
     assert "distill_app.py setup-easydistill 1" in commands["EasyDistill 1.x"]
     assert "distill_app.py setup-easydistill 2" in commands["EasyDistill 2.x"]
-    assert commands["transformers serve"].endswith("-m pip install 'transformers[serving]'")
+    assert commands["transformers serve"].endswith("-m pip install -r requirements.txt")
     assert found["servers"]["transformers serve"] == {"available": False, "why": "it lacks uvicorn"}
     assert jobs(found)["judge answers"] == ("none", "EasyDistill 2.x is not there.")
 
@@ -159,5 +159,5 @@ def test_a_broken_engine_is_part_of_the_answer(machine, monkeypatch, capsys, bro
 
 def test_a_gpu_that_torch_cannot_use_is_missing(machine, monkeypatch, tmp_path):
     machine()
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path)
+    monkeypatch.setattr(engine, "gpu_is_visible", lambda: True)
     assert "a torch that can use this machine's GPU" in missing(doctor.examine())

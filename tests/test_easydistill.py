@@ -362,12 +362,13 @@ def test_a_torch_of_its_own_is_refused(tmp_path, project, stand_in_installer, mo
 
 
 def test_a_named_environment_is_never_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(easydistill, "SOURCE", str(tmp_path / "no-such-repository"))
     folder = make_environment(tmp_path / "env", {}, kind=1)
     before = sorted(folder.rglob("*"))
     name_homes(monkeypatch, folder)
     assert easydistill.setup_easydistill() == {1: None}
     said = capsys.readouterr().out
-    assert "it lacks torch, transformers" in said and "Let EASYDISTILL_HOME name another place" in said
+    assert "it lacks torch, transformers" in said and "cannot be fetched" in said
     assert sorted(folder.rglob("*")) == before
 
 
@@ -419,3 +420,27 @@ def test_vllm_gets_a_torch_of_its_own_and_a_python_that_it_has_a_build_for(tmp_p
 def test_another_extra_is_refused():
     with pytest.raises(ConfigError, match="no extra 'vlm'; there are vllm, deepspeed"):
         easydistill.setup_easydistill(1, extras=["vlm"])
+
+
+def test_a_failed_addition_leaves_the_environment_that_worked_and_says_that_it_failed(project, monkeypatch, capsys):
+    checkout = write_package(project / ".easydistill" / "v1.0.0", 1).parent
+    recipe = easydistill._recipe(checkout, 1, [])
+    python = environment.python_of(recipe.folder)
+    python.parent.mkdir(parents=True)
+    python.write_text("works")
+    store.write_json(recipe.folder / environment.SEALED, recipe.facts)
+    monkeypatch.setattr(environment, "_installer", lambda folder: [sys.executable, "-c", "raise SystemExit(3)"])
+    assert easydistill.setup_easydistill(1, extras=["deepspeed"]) == {1: None}
+    assert python.read_text() == "works" and "could not be made" in capsys.readouterr().out
+    assert sorted(path.name for path in (project / ".easydistill").iterdir()) == ["env-1", "v1.0.0"]
+
+
+def test_what_is_named_comes_first_and_the_projects_own_serves_the_other_version(tmp_path, project, monkeypatch):
+    named = make_environment(tmp_path / "named", all_of(1), kind=1)
+    name_homes(monkeypatch, named)
+    assert easydistill.find(1)[0].origin == "EASYDISTILL_HOME"
+    assert easydistill.find(2)[0] is None
+    own = write_package(project / ".easydistill" / "v2.0.0", 2).parent
+    make_environment(own / ".venv", all_of(2), kind=2)
+    found, reason = easydistill.find(2)
+    assert found.origin == ".easydistill" and "named holds another" in reason

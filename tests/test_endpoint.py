@@ -447,3 +447,17 @@ def test_a_killed_lab_goes_on_and_every_id_is_there_once(project, teacher, start
     ids = journal_ids(project)
     assert 30 <= len(stood) < 200 and labeled.reused == len(stood) and ids[: len(stood)] == stood
     assert len(ids) == len(set(ids)) == len(labeled.rows) == 200 and nothing_left(project)
+
+
+def test_a_key_may_end_in_a_line_break_and_what_can_be_no_key_is_refused_without_being_repeated(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-verysecret\n")
+    assert Endpoint("m", "https://host/v1", key_variable="MY_KEY").key == "sk-verysecret"
+    monkeypatch.setenv("MY_KEY", "sk-very\nsecret")
+    with pytest.raises(ConfigError, match="What MY_KEY holds is no key") as raised:
+        _ = Endpoint("m", "https://host/v1", key_variable="MY_KEY").key
+    assert "secret" not in str(raised.value)
+
+
+def test_every_prompt_that_asks_for_reasoning_holds_the_labs_sentence():
+    for name in ("plain.txt", "cot_generation.txt"):
+        assert format_prompt("{instruction}", mode="system2") in (endpoint.PROMPTS / name).read_text()

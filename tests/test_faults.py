@@ -1,14 +1,14 @@
 """EasyDistill's known failures, a test each: detected, named, and nothing left: no checkpoint, no temporary folder, no process."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import standin_easydistill
+import standin_easydistill2
 from test_launch import EQUAL, ROWS, STANDIN, left_behind, standin  # noqa: F401
 
-from distill import easydistill, faults, launch, process, store
+from distill import easydistill, faults, launch, pipeline, process, store
 from distill.errors import BackendError
 from distill.faults import Facts, diagnose
 
@@ -82,10 +82,12 @@ def test_an_old_checkpoint_in_the_working_folder_is_not_taken_for_a_new_one(tmp_
     assert "left no checkpoint" in fail(tmp_path, standin("saves_nothing"), make_job)
 
 
-def test_2x_is_refused_where_1x_is_needed(tmp_path, standin, make_job):  # noqa: F811
-    job, newer = make_job(tmp_path, ROWS, **EQUAL), dataclasses.replace(standin(), major=2, version="2.0.0")
-    with pytest.raises(BackendError, match="EasyDistill 2.x makes data .* cannot train.*setup_easydistill"):
-        launch.run(job, tmp_path / "run", "test", newer)
+def test_2x_is_refused_where_1x_is_needed(tmp_path, make_job, monkeypatch):
+    job = make_job(tmp_path, ROWS, **EQUAL)
+    (tmp_path / "standin").mkdir()
+    monkeypatch.setenv("EASYDISTILL_HOME", str(standin_easydistill2.build(tmp_path / "standin")))
+    with pytest.raises(BackendError, match=r"EasyDistill 1.x is needed .*2.x makes data .* cannot train.*setup_easydistill\(1\)"):
+        pipeline.run_easy_distill(job, backend="easydistill")
     assert not (tmp_path / "out").exists() and left_behind(tmp_path) == []
 
 
@@ -145,3 +147,9 @@ def test_every_fault_says_what_to_do(name, advice, pattern):
 
 def test_the_limit_of_silence_is_half_an_hour():
     assert launch.SILENCE_SECONDS == 1800 and process.PATIENCE_SECONDS < 60
+
+
+@pytest.mark.parametrize("harmless", ["NCCL INFO init", "deepspeed not found, skipping", "No module named sklearn, falling back"])
+def test_what_was_said_before_it_broke_names_no_fault(harmless):
+    log = f"{harmless}\nTraceback (most recent call last):\nFileNotFoundError: Unable to find '/x/tokens.json'\n"
+    assert diagnose(log, Facts()).name == "data that is missing or cannot be read"

@@ -312,3 +312,12 @@ def test_what_cannot_be_judged_is_named(given, settings, error, said, project, s
     with pytest.raises(error, match=said):
         judge.judge(given, behind(server), **settings)
     assert not server.received
+
+
+@pytest.mark.parametrize("text", ["5", "null", '{"prompts": ["a"]}', '{"prompts": 1, "columns": [], "answers": [{"role": "x"}]}', '"text"'])
+def test_a_file_that_holds_no_answers_is_refused(project, server, text):
+    (project / "answers.json").write_text(text)
+    with pytest.raises(DataError):
+        judge.judge("answers.json", behind(server))
+    with pytest.raises(DataError):
+        judge.judge({"foo": 1}, behind(server))

@@ -427,3 +427,18 @@ def test_chat_with_no_model_says_where_it_looked(tmp_path):
 
     with pytest.raises(ConfigError, match=f"^Model not found at {tmp_path}"):
         chat(str(tmp_path), questions=[])
+
+
+def test_a_models_own_generation_settings_change_no_answer(project, micro, heldout, tmp_path):
+    """Qwen2.5-Instruct's ship with a penalty on repetition, which `generate` would add to whatever is asked."""
+    import shutil
+
+    penalised = tmp_path / "penalised"
+    shutil.copytree(micro / "teacher", penalised)
+    own = store.read_json(penalised / "generation_config.json")
+    store.write_json(penalised / "generation_config.json", {**own, "repetition_penalty": 2.5, "do_sample": True, "top_k": 3})
+    items = [row["instruction"] for row in heldout if row["system"] == 1][::70]
+    models_ = [models.load_teacher(str(path), bits=32) for path in (micro / "teacher", penalised)]
+    plain, other = ([row["output"] for row in label.label_with_teacher(*loaded, items)] for loaded in models_)
+    assert plain == other and len(plain) == len(items) > 10
+    assert models_[1][0].generation_config.repetition_penalty == 2.5  # as it was

@@ -279,7 +279,7 @@ def test_what_only_the_built_in_engine_does_is_refused(refused, change, said):
 
 
 def test_bf16_is_refused_on_a_gpu_that_only_imitates_it(refused, monkeypatch):
-    monkeypatch.setattr(launch, "_gpu", lambda: {"name": "T4", "gib": 14.7, "capability": "7.5"})
+    monkeypatch.setattr(launch, "_gpu", lambda: {"name": "T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
     assert "bf16 needs 8.0" in refused(bf16=True)[0] and refused(fp16=True) == []
 
 
@@ -319,8 +319,8 @@ def test_a_student_too_large_for_the_memory_is_refused_with_both_figures(refused
     (problem,) = refused()
     assert "0.0 GiB" in problem and "16" not in problem and "lora_rank" in problem
     monkeypatch.setattr(launch, "parameters_in", lambda student: 1_500_000_000)
-    monkeypatch.setattr(launch, "_gpu", lambda: {"name": "Tesla T4", "gib": 14.7, "capability": "7.5"})
-    assert "takes 22.4 GiB" in refused()[0] and "(Tesla T4) has 14.7 GiB" in refused()[0]
+    monkeypatch.setattr(launch, "_gpu", lambda: {"name": "Tesla T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
+    assert "takes 22.4 GiB" in refused()[0] and "(Tesla T4) has 14.1 GiB free" in refused()[0]
 
 
 def test_free_memory_is_known_on_linux():
@@ -368,3 +368,16 @@ def test_the_bar_shows_loss_while_steps_go_by(tmp_path):
         {"step": 2, "steps": 4},
         {"step": 4, "steps": 4, "train_runtime": 1.0},
     ]
+
+
+def test_what_a_container_keeps_of_files_counts_as_free(monkeypatch, tmp_path):
+    stat = tmp_path / "memory.stat"
+    stat.write_text("anon 100\ninactive_file 4096\nactive_file 7\n")
+    assert launch._reclaimable(stat) == 4096 and launch._reclaimable(tmp_path / "none") == 0
+
+
+def test_a_large_figure_is_read_whole():
+    assert launch.read_line("2026-01-01 00:00:00,000 - INFO - {'loss': 1.5e+17, 'grad_norm': 2e-05}") == {
+        "loss": 1.5e17,
+        "grad_norm": 2e-05,
+    }

@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from distill import process
+from distill.errors import ConfigError
 
 PARENT_AND_CHILD = """
 import subprocess, sys, time
@@ -123,6 +125,7 @@ def test_an_interrupt_ends_the_group(tmp_path):
 def test_a_killed_lab_leaves_nothing_at_work(tmp_path, start_python):
     code = f"""
 from distill import process
+from distill.errors import ConfigError
 process.run([sys.executable, "-c", {PARENT_AND_CHILD.format(then="time.sleep(60)")!r}], Path(sys.argv[1]),
     lambda line: print(line, flush=True))
 """
@@ -142,3 +145,45 @@ def test_the_end_of_a_log_is_printable(tmp_path):
     shown = process.tail(log, lines=2, skip="@event")
     assert shown[0] == "  | second \ufffd[31m" and len(shown[1]) < 360
     assert process.tail(tmp_path / "none") == []
+
+
+def test_a_process_in_a_session_of_its_own_is_ended_too(tmp_path):
+    code = PARENT_AND_CHILD.format(then="time.sleep(60)").replace('time.sleep(60)"])', 'time.sleep(60)"], start_new_session=True)')
+    ended, lines = run_python(tmp_path, code, limit_seconds=1)
+    assert ended.overdue == "limit" and not is_running(child_of(lines))
+
+
+def test_a_killed_lab_leaves_no_session_of_another_kind(tmp_path, start_python):
+    code = PARENT_AND_CHILD.format(then="time.sleep(60)").replace('time.sleep(60)"])', 'time.sleep(60)"], start_new_session=True)')
+    shown = "lambda line: print(line, flush=True)"
+    lab = start_python(
+        f"from distill import process\nprocess.run([sys.executable, '-c', {code!r}], Path(sys.argv[1]), {shown})", tmp_path / "log"
+    )
+    child = child_of([lab.stdout.readline()])
+    os.kill(lab.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def test_one_command_is_ended_and_another_goes_on(tmp_path):
+    with open(tmp_path / "other.log", "w") as output:
+        other = process.start([sys.executable, "-c", "import time; time.sleep(60)"], output=output)
+    run_python(tmp_path, "print('short')")
+    assert other.poll() is None
+    process.end(other)
+    assert other.poll() is not None and not process._running
+
+
+def test_nothing_is_started_where_the_log_cannot_be_opened(tmp_path):
+    with pytest.raises(ConfigError, match="Cannot write .*nowhere"):
+        process.run([sys.executable, "-c", "open('started', 'w')"], tmp_path / "nowhere" / "log", cwd=tmp_path)
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_disk_that_is_full_for_the_log_is_named_and_ends_the_command():
+    code = "import time\nwhile True: print('x' * 10_000, flush=True); time.sleep(0.01)"
+    with pytest.raises(ConfigError, match="Cannot write /dev/full: No space left on device"):
+        process.run([sys.executable, "-c", code], Path("/dev/full"))
+    assert not process._running

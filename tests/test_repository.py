@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each module imports only modules to its left.
 LAYERS = """
-    errors guard console process store environment easydistill config prompt models generation sources engine endpoint server asking
+    errors guard console store process environment easydistill config prompt models generation sources engine endpoint server asking
     answers label selection preparation omnithought data traces own_traces checkpoint trainer train faults workplace launch
     evaluate trace_tools compare_page compare judge microtasks microlab chat pipeline choice notebook doctor demo cli_data cli
 """.split()  # noqa: SIM905

@@ -63,7 +63,7 @@ def test_the_served_files_are_the_models_own_and_answers_are_left_whole(teacher,
     server.link_model(teacher, tmp_path / "served")
     for file in Path(teacher).iterdir():
         served = tmp_path / "served" / file.name
-        assert served.is_file() and (file.name == server.TOKENIZER or served.resolve() == file)
+        assert served.is_file() and (file.name in (server.TOKENIZER, server.GENERATION) or served.resolve() == file)
     tokenizer = models.load_tokenizer(str(tmp_path / "served"))
     assert tokenizer_hash(tokenizer) == tokenizer_hash(models.load_tokenizer(teacher))
     for answer in ["<think>\na {b} $c\n</think>\n\n9", "plain", '<tool_call>{"a": 1}</tool_call> x', ""]:
@@ -162,3 +162,21 @@ def test_a_model_of_the_hub_that_cannot_be_fetched_blames_nobody(small, tmp_path
         with server.serving("owner/model", tmp_path / "server.log"):
             raise AssertionError("never reached")
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_models_generation_settings_only_its_stop_tokens_are_served(micro, tmp_path):
+    import shutil
+
+    from distill import store
+
+    model = tmp_path / "model"
+    shutil.copytree(micro / "teacher", model)
+    own = store.read_json(model / "generation_config.json")
+    store.write_json(model / "generation_config.json", {**own, "repetition_penalty": 2.5, "do_sample": True})
+    server.link_model(str(model), tmp_path / "served")
+    served = store.read_json(tmp_path / "served" / "generation_config.json")
+    assert (
+        set(served) == {"eos_token_id", "pad_token_id"} and set(served["eos_token_id"]) >= {own["eos_token_id"]} - {None}
+        if isinstance(own["eos_token_id"], int)
+        else set(served["eos_token_id"]) >= set(own["eos_token_id"])
+    )
