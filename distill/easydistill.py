@@ -96,7 +96,7 @@ def find(major: int) -> tuple[Installation | None, str]:
             reasons.append(str(error))
         else:
             passed_over = reasons if origin == FOLDER else []  # of several that are named, each is another version's
-            return found, " ".join([f"EasyDistill {found.version} in {store.shown(place)}, by {origin}", *passed_over])
+            return found, "; ".join([f"EasyDistill {found.version} in {store.shown(place)}, by {origin}", *passed_over])
     return None, " ".join(reasons)
 
 

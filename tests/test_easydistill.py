@@ -423,7 +423,7 @@ def test_another_extra_is_refused():
 
 
 def test_a_failed_addition_leaves_the_environment_that_worked_and_says_that_it_failed(project, monkeypatch, capsys):
-    checkout = write_package(project / ".easydistill" / "v1.0.0", 1).parent
+    checkout = write_package(project / ".easydistill" / "v1.0.0", 1)
     recipe = easydistill._recipe(checkout, 1, [])
     python = environment.python_of(recipe.folder)
     python.parent.mkdir(parents=True)
@@ -440,7 +440,7 @@ def test_what_is_named_comes_first_and_the_projects_own_serves_the_other_version
     name_homes(monkeypatch, named)
     assert easydistill.find(1)[0].origin == "EASYDISTILL_HOME"
     assert easydistill.find(2)[0] is None
-    own = write_package(project / ".easydistill" / "v2.0.0", 2).parent
+    own = write_package(project / ".easydistill" / "v2.0.0", 2)
     make_environment(own / ".venv", all_of(2), kind=2)
     found, reason = easydistill.find(2)
-    assert found.origin == ".easydistill" and "named holds another" in reason
+    assert found and found.origin == ".easydistill" and "holds another: EasyDistill 1.x" in reason
