@@ -24,9 +24,10 @@ test: $(READY)
 test-slow: $(READY)
 	@$(RUN) -m pytest
 
-# Needs the real EasyDistill: EASYDISTILL_HOME=CHECKOUT_OF_1.0:CHECKOUT_OF_2.0 make test-easydistill
+# Needs the real EasyDistill: EASYDISTILL_HOME=CHECKOUT_OF_1.0:CHECKOUT_OF_2.0 make test-easydistill (MAJORS=1 for the first alone)
+MAJORS ?= 1 2
 test-easydistill: $(READY)
-	-@$(RUN) distill_app.py setup-easydistill 1 2
+	@$(RUN) distill_app.py setup-easydistill $(MAJORS)
 	@$(RUN) -m pytest -m easydistill
 
 lint: $(READY)

@@ -153,6 +153,8 @@ class _Asker:
                 time.sleep(PAUSES_SECONDS[min(attempt, len(PAUSES_SECONDS)) - 1])
             said, ended = self._run(missing, len(found))
             found |= self._entries(missing, ended.seconds)
+            if not found and PERMANENT.search(said):
+                break  # asking again would say the same
         if not found and not _about_the_rows(said):
             raise self._failure(said, ended)
         self.done += len(chunk)
@@ -228,7 +230,7 @@ class _Asker:
     def _failure(self, said: str, ended: process.Ended) -> BackendError:
         fault, advice = name_fault(said, ended, self.endpoint)
         message = (
-            f"EasyDistill brought no answer in {self.endpoint.attempts} attempts: {fault}. {advice} "
+            f"EasyDistill brought no answer: {fault}. {advice} "
             f"Answers given before are kept; the same call goes on from there. The end of {store.shown(self.log)}:"
         )
         return BackendError("\n".join([message, *process.tail(self.log)]))
@@ -247,7 +249,11 @@ def _whole_lines(path: Path) -> Iterator[dict]:
 # What a log without answers looks like → (the fault, what to do); the first that is found counts.
 ROW_FAULTS = re.compile(r"context.length|maximum context|max_model_len|prompt is too long|content.(filter|management)", re.I)
 FAULTS = (
-    (r"error code: 40[13]|invalid.api.key|unauthorized", "the server refuses the key", "Put the right key into {key_variable}."),
+    (
+        r"error code: 40[13]|invalid.api.key|unauthorized",
+        "the server refuses the key",
+        "Put the right key into {key_variable}, which is {state}.",
+    ),
     (r"error code: 429", "the server refuses so many requests", "Lower workers, or wait, and call again."),
     (
         r"model.{0,80}(not found|does not exist|not exist)|no such model|pinned to|unknown model|invalid model",
@@ -271,9 +277,13 @@ FAULTS = (
 )
 
 
+# a key, a name or an address that is wrong stays wrong
+PERMANENT = re.compile("|".join(pattern for pattern, *_ in (FAULTS[0], FAULTS[2], FAULTS[3])), re.I)
+
+
 def name_fault(said: str, ended: process.Ended, endpoint: Endpoint) -> tuple[str, str]:
     """Which of the known faults a run without answers looks like, and what to do."""
-    facts = {**vars(endpoint), "model": str(endpoint.model)}
+    facts = {**vars(endpoint), "model": str(endpoint.model), "state": "set now" if endpoint.key else "not set"}
     if ended.overdue:
         return f"it was silent for too long and was ended after {ended.seconds:.0f} s", "Raise timeout_seconds if the server is that slow."
     for pattern, fault, advice in FAULTS:

@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
         return 1
     except KeyboardInterrupt:
-        print("Interrupted. What stood at the output places stands there still.", file=sys.stderr)
+        print(
+            "Interrupted. What stood at the output places stands there still; answers that a teacher gave are kept, and asked for no more.",
+            file=sys.stderr,
+        )
         return 130
     if options.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))

@@ -220,19 +220,28 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="who is asked: its name at the endpoint; without one a folder or hub name")
     parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible API; without it the lab serves the model itself")
     _add_asking(parser)
+    parser.add_argument("--max-new-tokens", type=int, help="limit of what it says at a time (default 512; 2048 for shorten)")
+
+
+def _limit(options) -> dict:
+    return {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
 
 
 def _score(options) -> dict:
     from .trace_tools import score_traces
 
-    return _labeled(score_traces(options.source, options.out, _endpoint(options, options.model)), options.out)
+    return _labeled(score_traces(options.source, options.out, _endpoint(options, options.model), **_limit(options)), options.out)
 
 
 def _shorten(options) -> dict:
     from .trace_tools import shorten_traces
 
-    prompt_file, options.prompt_file = options.prompt_file, None  # of the rewriting, not of the endpoint
-    return _labeled(shorten_traces(options.source, options.out, _endpoint(options, options.model), prompt_file=prompt_file), options.out)
+    asked = {"prompt_file": options.prompt_file, **_limit(options)}
+    options.prompt_file = None  # it is the rewriting's, not the endpoint's
+    return _labeled(
+        shorten_traces(options.source, options.out, _endpoint(options, options.model), **asked),
+        options.out,
+    )
 
 
 def add_judge(commands) -> argparse.ArgumentParser:
@@ -248,7 +257,7 @@ def add_judge(commands) -> argparse.ArgumentParser:
 def _judge(options) -> dict:
     from .judge import judge
 
-    return judge(options.answers, _endpoint(options, options.model), out=options.out)
+    return judge(options.answers, _endpoint(options, options.model), out=options.out, **_limit(options))
 
 
 def read_list(path: str) -> list:

@@ -34,6 +34,8 @@ def examine() -> dict:
     brought, trouble = _engine()
     gpu = brought["gpu"] if brought else None
     installations = {major: easydistill.find(major) for major in easydistill.TAGS}
+    absent = {major: (None, f"EasyDistill {major}.x cannot be used") for major, (found, _) in installations.items() if not found}
+    found = installations | absent  # the reason stands once, beside the environment
     servers = _servers(brought)
     return {
         "python": {"version": platform.python_version(), "path": sys.executable},
@@ -41,7 +43,7 @@ def examine() -> dict:
         "gpu": gpu,
         "environments": _environments(brought, trouble, installations),
         "servers": servers,
-        "jobs": [*_trainings(brought, installations[1]), *_others(brought, installations[2], servers)],
+        "jobs": [*_trainings(brought, found[1]), *_others(brought, found[2], servers)],
         "keys": {name: bool(os.environ.get(name)) for name in KEYS},
         "missing": _missing(brought, trouble, installations, servers),
     }
@@ -160,10 +162,9 @@ def _missing(brought: dict | None, trouble: str, installations: dict, servers: d
         missing.append({"what": f"the engine: {trouble}", "command": _in_a_shell(environment.SETUP)})
     elif engine.gpu_is_visible() and not brought["gpu"]:
         missing.append({"what": "a torch that can use this machine's GPU", "command": "see pytorch.org for the build of your CUDA driver"})
-    for major, (installation, reason) in installations.items():
+    for major, (installation, _) in installations.items():
         if not installation:
-            command = f"python distill_app.py setup-easydistill {major}"
-            missing.append({"what": f"EasyDistill {major}.x (optional): {reason}", "command": command})
+            missing.append({"what": f"EasyDistill {major}.x (optional)", "command": easydistill.setup_call(major)})
     if brought and not servers["transformers serve"]["available"]:
         command = f"{brought['path']} -m pip install -r requirements.txt"
         missing.append({"what": f"transformers serve (optional): {servers['transformers serve']['why']}", "command": command})

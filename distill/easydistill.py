@@ -112,8 +112,8 @@ def require(major: int) -> Installation:
 
 
 def setup_call(major: int) -> str:
-    """The command that installs EasyDistill `major`.x."""
-    return f"import distill_app; distill_app.setup_easydistill({major})"
+    """The command that installs EasyDistill `major`.x; in Python it is `distill_app.setup_easydistill(major)`."""
+    return f"python distill_app.py setup-easydistill {major}"
 
 
 def _abilities() -> str:
@@ -122,7 +122,15 @@ def _abilities() -> str:
 
 def _places(major: int) -> list[tuple[str, str]]:
     named = [part for part in os.environ.get(HOME, "").split(os.pathsep) if part.strip()]
-    return [*((part, HOME) for part in named), (str(_own_checkout(major)), FOLDER)]
+    own = [_own_checkout(major), *([] if named else _sealed_checkout(major))]
+    return [*((part, HOME) for part in named), *((str(place), FOLDER) for place in own)]
+
+
+def _sealed_checkout(major: int) -> list[Path]:
+    """The checkout that the lab's own environment was made for, where EASYDISTILL_HOME named it then; none where there is no such."""
+    seal = _own_environment(major) / environment.SEALED
+    checkout = Path(store.read_json(seal)["checkout"]) if store.is_file(seal) else None
+    return [checkout] if checkout and checkout != _own_checkout(major) and checkout.is_dir() else []
 
 
 def _own_checkout(major: int) -> Path:
@@ -273,7 +281,9 @@ def _fetch(major: int, checkout: Path) -> None:
         ended = process.run(clone, log, env=quiet, limit_seconds=FETCH_SECONDS, clean=environment.without_credentials)
         if ended.status or ended.overdue:
             said = f"no answer within {FETCH_SECONDS} s" if ended.overdue else _last_line(log)
-            raise BackendError(f"EasyDistill {major}.x cannot be fetched (no network?): {said}.")
+            raise BackendError(
+                f"EasyDistill {major}.x cannot be fetched (no network?): {said}. Clone {TAGS[major]} elsewhere and let {HOME} name it."
+            )
         if major_of(folder / "easydistill") != major:
             raise BackendError(f"What {SOURCE} has at {TAGS[major]} is no EasyDistill {major}.x.")
 
@@ -340,7 +350,7 @@ def _required_by(checkout: Path) -> list[str]:
 
 def _prove(python: Path, recipe: Recipe, major: int, update) -> None:
     """Raise BackendError unless a new environment loads what EasyDistill loads, and holds no torch of its own where the kernel has one."""
-    environment.run([str(python), "-I", *PROOFS[major]], recipe, update)
+    environment.run([str(python), "-I", *PROOFS[major]], recipe, lambda *step, **said: update(*step))
     if major == 1 and not recipe.own_torch and environment.installed("torch") and environment.holds(recipe.folder, "torch"):
         raise environment.failure(recipe, "it holds a torch of its own, in place of this Python's")
     _ask(python, major, FOLDER)

@@ -228,9 +228,18 @@ def _installer(folder: Path) -> list[str]:
     python = str(python_of(folder))
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", python]
+    if pip := _with_pip():
+        return [pip, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    raise BackendError(f"Neither uv nor pip is there to make an environment with. Install one of them: {sys.executable} -m ensurepip")
+
+
+def _with_pip() -> str | None:
+    """An interpreter that has pip: this one, or the one that its environment was made with, as `make` leaves pip out of `.venv`."""
     if find_spec("pip"):
-        return [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    raise BackendError("Neither uv nor pip is there to make an environment with. Install one of them: python -m ensurepip")
+        return sys.executable
+    base = sys._base_executable
+    asked = subprocess.run([base, "-m", "pip", "--version"], capture_output=True, stdin=subprocess.DEVNULL)
+    return base if asked.returncode == 0 else None
 
 
 def _show_packages(recipe: Recipe) -> None:

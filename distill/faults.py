@@ -42,7 +42,7 @@ _SMALLER = (
     "or lora_rank with backend = 'builtin'."
 )
 _NEW_RUN = "Write the job anew with write_system1_config or write_system2_config."
-_SET_UP = "Make its environment anew: import distill_app; distill_app.setup_easydistill()"
+_SET_UP = "Make its environment anew: `python distill_app.py setup-easydistill 1`."
 _BUILT_IN = "Take backend = 'builtin', which trains it."
 
 # (name, advice, what the log holds); the first that is found counts. `{0}` is what the first group of the pattern caught.
@@ -73,7 +73,7 @@ KNOWN = (
     ),
     (
         "EasyDistill 2.x, which makes data and cannot train",
-        "Let EASYDISTILL_HOME name a 1.x, or install one: import distill_app; distill_app.setup_easydistill()",
+        "Let EASYDISTILL_HOME name a 1.x, or install one: `python distill_app.py setup-easydistill 1`.",
         r"extra_forbidden|Unknown job type|[Uu]nsupported job_type|--list-jobs",
     ),
     (
@@ -86,7 +86,7 @@ KNOWN = (
     (
         "its processes did not start",
         "Where programs in the folder for temporary files may not run (noexec), set TMPDIR to one where they may; otherwise make its "
-        "environment anew: import distill_app; distill_app.setup_easydistill()",
+        "environment anew: `python distill_app.py setup-easydistill 1`.",
         r"accelerate: (?:not found|command not found|Permission denied)|No module named accelerate",
     ),
     ("wandb without a key", "Set report_to to 'none' in the job.", r"wandb.*(?:api_key|API key|UsageError|login)"),

@@ -66,6 +66,7 @@ def run_easy_distill(config_path: str | Path, *, backend: str = "auto", time_lim
     installation, reason = choose_backend(job, backend)
     say(f"backend: {'easydistill' if installation else 'builtin'} ({reason})")
     run_folder = _run_folder_of(job)
+    say(f"log: {store.shown(run_folder / 'train.log')}")
     # the run's own copy: the job file may be written anew while this one trains
     own_copy, limit_seconds = store.write_json(run_folder / "job.json", job), time_limit_minutes and 60 * time_limit_minutes
     if installation:

@@ -101,12 +101,17 @@ def _work(done: str, source, out, endpoint: Endpoint, change) -> Labeled:
         rows, more, reused = change(traces) if traces else ([], Counter(), 0)
         made = Labeled(rows, dict(dropped + more), reused)
         if not rows:
-            raise DataError(f"No trace of {store.shown(source)} could be {done}: {made.dropped or 'it has none'}.")
+            counted = ", ".join(f"{count:,} with {reason}" for reason, count in made.dropped.items())
+            raise DataError(f"No trace of {store.shown(source)} could be {done}: {counted or 'it has none'}.")
         store.write_rows(out, rows)
         store.write_manifest(out, {"teacher": endpoint.name, "read": read, "dropped": made.dropped})
     say(f"{done} {len(rows):,} of {read:,} traces by {endpoint.name} ({reused:,} answered before): {store.shown(out)}")
     for reason, count in made.dropped.items():
         say(f"  dropped {count:,}: {reason}")
+    if 2 * len(rows) < len(traces):
+        say(
+            f"note: less than half of what {endpoint.name} said could be used, so the rest may be chance too: look at some, or ask another."
+        )
     return made
 
 

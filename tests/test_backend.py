@@ -49,7 +49,7 @@ def test_a_job_that_it_cannot_do_goes_to_the_built_in_engine_with_every_reason(m
 
 def test_asked_for_and_not_installed_is_an_error_that_says_how_to_get_it(project, monkeypatch):
     monkeypatch.delenv(easydistill.HOME, raising=False)
-    with pytest.raises(BackendError, match=r"EasyDistill 1\.x is needed .*setup_easydistill\(1\)"):
+    with pytest.raises(BackendError, match=r"EasyDistill 1\.x is needed .*setup-easydistill 1"):
         pipeline.choose_backend(JOB, "easydistill")
 
 

@@ -119,7 +119,7 @@ def test_what_is_missing_comes_with_the_command_that_mends_it(machine):
     assert "distill_app.py setup-easydistill 2" in commands["EasyDistill 2.x"]
     assert commands["transformers serve"].endswith("-m pip install -r requirements.txt")
     assert found["servers"]["transformers serve"] == {"available": False, "why": "it lacks uvicorn"}
-    assert jobs(found)["judge answers"] == ("none", "EasyDistill 2.x is not there.")
+    assert jobs(found)["judge answers"] == ("none", "EasyDistill 2.x cannot be used")
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def say_no(major: int) -> str:
     with pytest.raises(BackendError) as error:
         easydistill.require(major)
     message = str(error.value)
-    assert reason in message and f"setup_easydistill({major})" in message and "1.x trains students" in message and "cannot train" in message
+    assert reason in message and f"setup-easydistill {major}" in message and "1.x trains students" in message and "cannot train" in message
     return reason
 
 
@@ -444,3 +444,20 @@ def test_what_is_named_comes_first_and_the_projects_own_serves_the_other_version
     make_environment(own / ".venv", all_of(2), kind=2)
     found, reason = easydistill.find(2)
     assert found and found.origin == ".easydistill" and "holds another: EasyDistill 1.x" in reason
+
+
+def test_an_environment_remembers_the_checkout_that_it_was_made_for(tmp_path, project, stand_in_installer, monkeypatch):
+    checkout = write_package(tmp_path / "mine", 1)
+    name_homes(monkeypatch, checkout)
+    assert easydistill.setup_easydistill(1)[1].home == checkout
+    monkeypatch.delenv(easydistill.HOME)
+    assert easydistill.find(1)[0].home == checkout
+
+
+def test_without_pip_of_its_own_an_environment_is_filled_by_the_pip_that_made_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    assert environment._installer(tmp_path)[:3] == [sys._base_executable, "-m", "pip"]
+    monkeypatch.setattr(sys, "_base_executable", "/bin/false")
+    with pytest.raises(BackendError, match=f"{sys.executable} -m ensurepip"):
+        environment._installer(tmp_path)

@@ -153,6 +153,7 @@ def test_an_old_torch_of_the_kernel_is_refused_and_never_replaced(bare, monkeypa
 def test_without_an_installer_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "_base_executable", "/bin/false")
     with pytest.raises(BackendError, match="Neither uv nor pip"):
         environment._installer(environment.ENGINE)
 

@@ -86,7 +86,7 @@ def test_2x_is_refused_where_1x_is_needed(tmp_path, make_job, monkeypatch):
     job = make_job(tmp_path, ROWS, **EQUAL)
     (tmp_path / "standin").mkdir()
     monkeypatch.setenv("EASYDISTILL_HOME", str(standin_easydistill2.build(tmp_path / "standin")))
-    with pytest.raises(BackendError, match=r"EasyDistill 1.x is needed .*2.x makes data .* cannot train.*setup_easydistill\(1\)"):
+    with pytest.raises(BackendError, match=r"EasyDistill 1.x is needed .*2.x makes data .* cannot train.*setup-easydistill 1"):
         pipeline.run_easy_distill(job, backend="easydistill")
     assert not (tmp_path / "out").exists() and left_behind(tmp_path) == []
 
