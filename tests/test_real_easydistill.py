@@ -52,6 +52,12 @@ print("@rows", json.dumps([logits.tolist(), tokenizer.eos_token_id, tokenizer.pa
 """
 
 
+@pytest.fixture(autouse=True)
+def named(monkeypatch):
+    """The environment by its own name, since a test's root is not the one that the environment was made in."""
+    monkeypatch.setenv(easydistill.HOME, str(INSTALLATION.python.parent.parent))
+
+
 @pytest.fixture
 def temporary(tmp_path, monkeypatch) -> Path:
     (tmp_path / "tmp").mkdir()
