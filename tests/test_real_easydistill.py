@@ -270,7 +270,12 @@ def test_a_tokenizer_that_its_library_cannot_read_is_named(fail):
 
 
 def test_its_own_deepspeed_settings_are_named(fail):
-    assert "its environment lacks: DeepSpeed" in fail(lambda place: (place / "bin" / "accelerate").unlink())
+    plain = "import os, sys\nos.execv(sys.executable, [sys.executable, '-m', 'accelerate.commands.launch', *sys.argv[2:]])\n"
+
+    def leave_as_it_is(place: Path) -> None:
+        (place / "bin" / "accelerate").write_text(f"#!/usr/bin/env python3\n{plain}")
+
+    assert "its environment lacks: DeepSpeed" in fail(leave_as_it_is)
 
 
 def test_an_invalid_value_is_named(fail):
