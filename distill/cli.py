@@ -23,10 +23,9 @@ SYSTEMS = {"system1": "System-1 student (answers at once)", "system2": "System-2
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 only where everything was done."""
     options = _parser().parse_args(arguments)
-    if options.json:
-        console.use_stderr()
     try:
-        result = options.run(options)
+        with console.on_stderr(options.json):
+            result = options.run(options)
     except DistillError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         if options.json:

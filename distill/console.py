@@ -26,9 +26,14 @@ def in_notebook() -> bool:
 console = Console(highlight=False, soft_wrap=True, force_jupyter=False, width=NOTEBOOK_COLUMNS if in_notebook() else None)
 
 
-def use_stderr() -> None:
-    """Send everything that is said to standard error, so that standard output holds a command's JSON alone."""
-    console.stderr = True
+@contextmanager
+def on_stderr(wanted: bool = True) -> Iterator[None]:
+    """Within the block, where that is wanted, send everything that is said to standard error: standard output then holds JSON alone."""
+    before, console.stderr = console.stderr, wanted or console.stderr
+    try:
+        yield
+    finally:
+        console.stderr = before
 
 
 def say(text: str = "", end: str = "\n") -> None:
