@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import config, easydistill, engine, environment, launch, notebook, pipeline, store
+from . import config, easydistill, engine, environment, launch, models, notebook, pipeline, store
 from .console import say, table
 from .errors import DistillError
 
@@ -195,8 +195,8 @@ def _machine_rows(found: dict) -> list[list[str]]:
     machine, gpu = found["machine"], found["gpu"]
     ability = "none that the engine can use"
     if gpu:
-        bf16 = "bf16" if gpu["bf16"] else "no bf16, fp16 in its place"
-        ability = f"{gpu['name']}, {gpu['gib']} GiB, compute capability {gpu['capability']}, {bf16}"
+        half, _ = models.half_precision(models.capability_of(gpu))
+        ability = f"{gpu['name']}, {gpu['gib']} GiB, compute capability {gpu['capability']}, computes in {half}"
     memory = [[f"memory, {name}", f"{gib['used']} of {gib['total']} GiB used"] for name, gib in machine["memory_gib"].items()]
     keys = [[name, f"{'set' if given else 'not set'} (for {KEYS[name]})"] for name, given in found["keys"].items()]
     return [

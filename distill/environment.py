@@ -301,7 +301,7 @@ def probe(python: str | Path) -> dict:
     """What an interpreter brings, asked in a process of its own, so that this one loads no torch and holds no GPU memory.
 
     Returns {"python", "torch", "torch_folder", "versions": {package: version}, "optional": {package: version or None}, "lacking",
-    "gpu": {"name", "gib", "free_gib", "capability", "bf16"} or None}.
+    "gpu": {"name", "gib", "free_gib", "capability"} or None}.
     Raises BackendError where its packages do not load.
     """
     done = subprocess.run([str(python), "-m", "distill.environment"], cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -320,14 +320,9 @@ def main() -> None:
     gpu = None
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
-        free_gib = round(torch.cuda.mem_get_info()[0] / 2**30, 1)
-        gpu = {
-            "name": facts.name,
-            "gib": round(facts.total_memory / 2**30, 1),
-            "free_gib": free_gib,
-            "capability": f"{facts.major}.{facts.minor}",
-        }
-        gpu["bf16"] = facts.major >= 8  # before that it is emulated, and slow
+        memory = {"gib": facts.total_memory, "free_gib": torch.cuda.mem_get_info()[0]}
+        sizes = {name: round(size / 2**30, 1) for name, size in memory.items()}
+        gpu = {"name": facts.name, **sizes, "capability": f"{facts.major}.{facts.minor}"}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)} | {"datasets": version("datasets")}
     found = {"python": platform.python_version(), "torch": version("torch"), "torch_folder": str(Path(torch.__file__).parent)}
     optional = {name: installed(name) for name in OPTIONAL}

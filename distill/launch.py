@@ -37,7 +37,7 @@ def refusals(job: dict, installation: Installation) -> list[str]:
     student, gpu = models.local_folder(job["models"]["student"]), _gpu()
     problems = settings_refusals(job)
     try:
-        trainer.precision_on(_capability(gpu), job["training"])
+        trainer.precision_on(models.capability_of(gpu), job["training"])
     except ConfigError as error:
         problems.append(str(error))
     return problems + _student_problems(student, installation) + _memory_problems(student, gpu)
@@ -122,10 +122,6 @@ def _gpu() -> dict | None:
     return environment.probe(environment.engine_python()[0])["gpu"]
 
 
-def _capability(gpu: dict | None) -> tuple[int, int] | None:
-    return tuple(map(int, gpu["capability"].split("."))) if gpu else None
-
-
 # Launching
 
 
@@ -165,7 +161,7 @@ def _launch(job: dict, run_folder: Path, installation: Installation, limit_secon
     """
     rows = sum(1 for _ in trainer.supervised_rows(job["dataset"]["labeled_path"]))  # on others EasyDistill trains all the same
     gpu, out = _gpu(), run_folder / "easydistill" / "out"
-    precision, processes = trainer.precision_on(_capability(gpu), job["training"]), workplace.processes_for(bool(gpu))
+    precision, processes = trainer.precision_on(models.capability_of(gpu), job["training"]), workplace.processes_for(bool(gpu))
     training, log = workplace.training_for(job, precision[0], bool(gpu)), run_folder / "train.log"
     chosen = {name: {"value": value, "reason": why} for name, (value, why) in (("precision", precision), ("processes", processes))}
     follower = Follower(run_folder / "metrics.jsonl", training["logging_steps"], show)
@@ -218,14 +214,14 @@ class Follower:
 
     def __init__(self, metrics: Path, logging_steps: int, show: Callable[[dict], None]) -> None:
         self.place, self.logging_steps, self.show = metrics, logging_steps, show
-        self.step, self.steps, self.losses, self.end = 0, None, [], {}
+        self.steps, self.losses, self.end = None, [], {}
         metrics.unlink(missing_ok=True)
 
     def __call__(self, line: str) -> bool:
         """Take a line; returns whether it belongs into the log: bars and repetitions do not."""
         event = read_line(line)
         if "steps" in event:
-            self.step, self.steps = event["step"], event["steps"]
+            self.steps = event["steps"]
             self.show(event)
         elif event:
             self._figures(event)

@@ -263,6 +263,11 @@ def gpu_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
+def capability_of(gpu: dict | None) -> tuple[int, int] | None:
+    """The compute capability of a GPU as `environment.probe` tells of it; None where there is none."""
+    return tuple(map(int, gpu["capability"].split("."))) if gpu else None
+
+
 def half_precision(capability: tuple[int, int]) -> tuple[str, str]:
     """The 16-bit type that a GPU of this compute capability computes in, "bf16" or "fp16", and why."""
     needed, found = (".".join(map(str, version)) for version in (BF16_CAPABILITY, capability))

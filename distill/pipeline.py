@@ -48,9 +48,8 @@ def write_system2_config(config: Mapping | None = None) -> str:
 def _distill(system: str, user: Mapping | None) -> str:
     settings = resolve(user, preset=system)
     values = settings.values
-    choose_backend(build_job(settings, Path(values["labeled_path"])), values["backend"])  # refuses before anything is written
-    job_path = _write_job(system, settings)
-    return run_easy_distill(job_path, backend=values["backend"], time_limit_minutes=values.get("time_limit_minutes")).checkpoint
+    chosen = choose_backend(build_job(settings, Path(values["labeled_path"])), values["backend"])  # refuses before anything is written
+    return _run(read_job(_write_job(system, settings)), *chosen, values.get("time_limit_minutes")).checkpoint
 
 
 def run_easy_distill(config_path: str | Path, *, backend: str = "auto", time_limit_minutes: float | None = None) -> train.TrainResult:
@@ -61,9 +60,12 @@ def run_easy_distill(config_path: str | Path, *, backend: str = "auto", time_lim
     Raises ConfigError for a job that cannot work, BackendError with the end of the log for a run that failed.
     """
     job = read_job(config_path)
+    return _run(job, *choose_backend(job, backend), time_limit_minutes)
+
+
+def _run(job: dict, installation: easydistill.Installation | None, reason: str, time_limit_minutes: float | None) -> train.TrainResult:
     checkpoint.check_out_dir(job["training"]["output_dir"])
     _check_tokens(job, models.check_student(job["models"]["student"]))
-    installation, reason = choose_backend(job, backend)
     say(f"backend: {'easydistill' if installation else 'builtin'} ({reason})")
     run_folder = _run_folder_of(job)
     say(f"log: {store.shown(run_folder / 'train.log')}")
@@ -87,15 +89,14 @@ def choose_backend(job: dict, asked: str) -> tuple[easydistill.Installation | No
         raise ConfigError(backend_problem(asked))
     if asked == "builtin":
         return None, "asked for"
-    found, reason = easydistill.find(1)
     if asked == "easydistill":
         found = easydistill.require(1)
-    refused = launch.refusals(job, found) if found else []
-    if refused and asked == "easydistill":
-        raise ConfigError.from_problems("this job for EasyDistill 1.x; backend = 'builtin' can do it", refused)
-    if refused:
-        return None, refused_because(refused)
-    return found, "asked for" if asked == "easydistill" else reason
+        if refused := launch.refusals(job, found):
+            raise ConfigError.from_problems("this job for EasyDistill 1.x; backend = 'builtin' can do it", refused)
+        return found, "asked for"
+    found, reason = easydistill.find(1)
+    refused = found and (launch.settings_refusals(job) or launch.refusals(job, found))  # the machine is asked last: that takes seconds
+    return (None, refused_because(refused)) if refused else (found, reason)
 
 
 def refused_because(refused: list[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from distill import easydistill, launch, pipeline, store
 from distill.errors import BackendError, ConfigError
 
-JOB = {"job_type": "kd_black_box_train_only"}
+JOB = {"job_type": "kd_black_box_train_only", "training": {}}
 INSTALLED = object()
 
 
@@ -18,6 +18,7 @@ def machine(monkeypatch):
     def say(installed: bool, refused: list[str] = ()) -> None:
         found = (INSTALLED, "It is here.") if installed else (None, "It is not.")
         monkeypatch.setattr(easydistill, "find", lambda major: found)
+        monkeypatch.setattr(easydistill, "require", lambda major: found[0])
         monkeypatch.setattr(launch, "refusals", lambda job, installation: list(refused))
 
     return say
@@ -45,6 +46,13 @@ def test_a_job_that_it_cannot_do_goes_to_the_built_in_engine_with_every_reason(m
     with pytest.raises(ConfigError) as raised:
         pipeline.choose_backend(JOB, "easydistill")
     assert "2 problems in this job for EasyDistill 1.x" in str(raised.value) and "No LoRA.\n  No memory." in str(raised.value)
+
+
+def test_what_the_settings_rule_out_is_known_without_asking_the_machine(machine, monkeypatch):
+    machine(installed=True)
+    monkeypatch.setattr(launch, "refusals", lambda job, installation: pytest.fail("the machine was asked"))
+    installation, reason = pipeline.choose_backend({**JOB, "training": {"group_by_length": True}}, "auto")
+    assert installation is None and "group_by_length = true" in reason
 
 
 def test_asked_for_and_not_installed_is_an_error_that_says_how_to_get_it(project, monkeypatch):

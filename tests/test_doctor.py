@@ -8,7 +8,7 @@ import pytest
 from distill import console, doctor, easydistill, engine, environment, pipeline
 from distill.errors import BackendError
 
-GPU = {"name": "Tesla T4", "gib": 14.7, "capability": "7.5", "bf16": False}
+GPU = {"name": "Tesla T4", "gib": 14.7, "capability": "7.5"}
 SERVING = {"vllm": None, "fastapi": "1", "uvicorn": "1", "openai": "1", "pydantic": "1"}
 SECRET = "secret-value-of-a-key"
 
@@ -72,7 +72,7 @@ def test_it_tells_what_is_here(project, capsys):
 def test_a_gpu_is_shown_with_its_abilities(machine, capsys):
     machine(gpu=GPU)
     assert jobs(doctor.doctor())["label with a teacher loaded here"] == ("builtin", "on Tesla T4")
-    assert "Tesla T4, 14.7 GiB, compute capability 7.5, no bf16" in capsys.readouterr().out
+    assert "Tesla T4, 14.7 GiB, compute capability 7.5, computes in fp16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", list(doctor.KEYS))

@@ -246,13 +246,25 @@ def refusing(error):
     return get
 
 
-def set_up(monkeypatch, gpu: dict | None = None) -> Machine:
+def set_up(monkeypatch, gpu: dict | None = None, fetched: list | None = None) -> Machine:
+    """Run the set-up cell; nothing is installed. `fetched` takes the versions of EasyDistill that were asked for."""
     from distill import environment
 
+    monkeypatch.setattr(notebook, "setup_easydistill", (fetched if fetched is not None else []).append)
     monkeypatch.setattr(environment, "setup_engine", lambda: sys.executable)
     monkeypatch.setattr(environment, "probe", lambda python: {"gpu": gpu, "versions": {"torch": "2.11"}, "python": "3.13.1"})
     monkeypatch.setattr(notebook, "hub_answers", lambda: False)
     return notebook.setup_lab()
+
+
+def test_the_set_up_cell_fetches_what_trains_and_an_endpoint_what_asks(monkeypatch):
+    fetched = []
+    machine = set_up(monkeypatch, fetched=fetched)
+    assert fetched == [1]
+    notebook.choose_models(machine)
+    assert fetched == [1]
+    notebook.choose_models(machine, teacher="endpoint")
+    assert fetched == [1, 2]
 
 
 def test_the_token_is_taken_from_colabs_secrets_and_never_shown(colab, monkeypatch, capsys):
