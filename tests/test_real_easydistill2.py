@@ -57,14 +57,13 @@ def wait_for(project: Path, count: int, lab=None) -> None:
         time.sleep(0.05)
 
 
-def kill(word: str) -> None:
-    """SIGKILL to a process that is at work; waits until one is."""
+def at_work(word: str, parent: int | None = None) -> psutil.Process:
+    """A child whose command holds a word; waits until there is one, since between two chunks no command line is at work."""
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        for process in started(word)[-1:]:
-            process.kill()
-            return
+    while not (found := started(word, parent)):
+        assert time.monotonic() < end, f"no {word}"
         time.sleep(0.02)
+    return found[-1]
 
 
 def micro_rows(heldout: list[dict], system: int, count: int) -> list[dict]:
@@ -85,7 +84,7 @@ def test_200_rows_are_labelled_though_server_and_command_line_are_killed_in_the_
     def killer():
         for count, word in ((20, CLI), (60, SERVER), (120, CLI), (140, SERVER)):
             wait_for(project, count)
-            kill(word)
+            at_work(word).kill()
             killed.append(word)
 
     thread = threading.Thread(target=killer)
@@ -111,8 +110,8 @@ def test_a_killed_lab_leaves_nothing_at_work_and_goes_on_with_traces(project, mi
     lab = start_python(FIND + code + ask, micro / "teacher", where["prompt_file"])
     wait_for(project, 20, lab)
     assert lab.poll() is None, lab.communicate()
+    assert at_work(SERVER, lab.pid) and at_work(CLI, lab.pid)
     children = psutil.Process(lab.pid).children(recursive=True)
-    assert started(SERVER, lab.pid) and started(CLI, lab.pid)
     os.kill(lab.pid, signal.SIGKILL)
     lab.wait()
     assert not psutil.wait_procs(children, timeout=15)[1]
