@@ -19,7 +19,9 @@ from distill.label import label_with_teacher
 from distill.models import load_student, load_teacher
 from distill.notebook import ask_student, choose_models, plot_loss, setup_lab, show_memory, show_training_row, trace_arguments
 from distill.own_traces import write_traces
+from distill.persist import persist_to, wait_for_copies
 from distill.pipeline import distill_system1, distill_system2, run_easy_distill, write_system1_config, write_system2_config
+from distill.planning import plan
 from distill.preparation import Prepared
 from distill.prompt import format_prompt
 from distill.trace_tools import score_traces, shorten_traces
@@ -49,6 +51,8 @@ __all__ = [
     "label_with_teacher",
     "load_student",
     "load_teacher",
+    "persist_to",
+    "plan",
     "plot_loss",
     "prepare_system1_dataset",
     "prepare_system2_dataset",
@@ -61,6 +65,7 @@ __all__ = [
     "show_memory",
     "show_training_row",
     "trace_arguments",
+    "wait_for_copies",
     "write_system1_config",
     "write_system2_config",
     "write_traces",

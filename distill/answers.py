@@ -1,26 +1,28 @@
 """Ask models questions in a subprocess (`python -m distill.answers --request FILE`), one model in memory at a time.
 
 Every answer is in its model's *journal* as soon as its batch is done: one JSON line `{"id", "text", "tokens", "stopped", "seconds"}`.
-A journal that outlives the process is how labelling goes on after an interruption.
+A journal that outlives the process is how labelling, comparing and scoring go on after an interruption.
 """
 
 import argparse
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import engine, store
-from .console import progress
+from . import engine, models, stages, store
+from .console import progress, say
 from .errors import DistillError
 from .generation import Answer, generate
 from .models import bits_for, device, load_to_answer
 from .prompt import asked_ids
 
 FACTS = ("bits", "parameters", "weight_bytes", "device", "load_seconds", "versions")
+MODEL = "model"  # the journal's entry of what is known of the model itself
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
@@ -39,7 +41,7 @@ def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[s
     "answers": [{"text", "tokens", "stopped", "seconds"}]}}, answers in the order of the questions.
     Raises BackendError with the end of the log.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
+    store.make_folder(run_folder)
     with TemporaryDirectory(dir=run_folder) as folder:
         file, facts = Path(folder) / "request.json", Path(folder) / "facts.json"
         requests = [{"journal": str(Path(folder) / f"{number}.jsonl"), **request} for number, request in enumerate(requests)]
@@ -52,6 +54,69 @@ def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[s
             raise engine.failure(title, ended, log)
         found = store.read_json(facts)
         return {request["name"]: {**found[request["name"]], "answers": _in_order(request)} for request in requests}
+
+
+def ask_once(requests: list[dict], run_folder: Path, title: str = "Asking", *, fresh: bool = False) -> dict[str, dict]:
+    """`ask` for greedy answers that are kept: what a model was asked before it is not asked again, also where that run was killed.
+
+    requests  as `ask` takes them, without "journal", sampling, and ids of the questions
+    fresh     ask all of it anew
+    Returns what `ask` returns. The answers lie in `runs/answers/<key>.jsonl`; the key hashes the model's files, its bits, the kind of
+    device and the lab's code that asks. Seconds and versions are those of the day on which an answer was given.
+    """
+    kept = [_Kept(request) for request in requests]
+    with ExitStack() as locks:
+        for journal in {one.journal for one in kept}:
+            store.make_folder(journal.parent)
+            locks.enter_context(store.lock(journal))
+        for one in kept:
+            one.recall(fresh)
+        waiting = [one.waiting() for one in kept if one.is_waiting()]
+        made = ask(waiting, run_folder, title) if waiting else {}
+        return {one.request["name"]: one.with_answers(made.get(one.request["name"])) for one in kept}
+
+
+class _Kept:
+    """One model's questions, and which of them its journal has the answers to."""
+
+    def __init__(self, request: dict) -> None:
+        self.request, limits = request, request["max_new_tokens"]
+        decisive = [models.fingerprint(request["path"]), request["bits"], engine.gpu_is_visible(), stages.code(*stages.ANSWERING)]
+        self.journal = store.ROOT / "runs" / "answers" / f"{store.hash_json(decisive)[:24]}.jsonl"
+        asked = [(each["mode"], each["instruction"], each.get("input") or "", limits[each["mode"]]) for each in request["questions"]]
+        self.names = [store.hash_json(one)[:24] for one in asked]
+        self.known: dict = {}
+
+    def recall(self, fresh: bool) -> None:
+        """Take up what the journal holds, and say how many answers that are."""
+        self.known = {} if fresh else {entry.pop("id"): entry for entry in store.read_journal(self.journal)}
+        if count := sum(name in self.known for name in self.names):
+            say(f"{self.request['name']}: {count:,} of {len(self.names):,} answers had been given before ({store.shown(self.journal)})")
+
+    def is_waiting(self) -> bool:
+        """Whether the model has to be loaded: for answers, or for what is known of it alone."""
+        return not self.known.keys() >= {MODEL, *self.names}
+
+    def waiting(self) -> dict:
+        """The request for what is missing, each question once."""
+        questions = {
+            name: {**question, "id": name}
+            for name, question in zip(self.names, self.request["questions"], strict=True)
+            if name not in self.known
+        }
+        return {**self.request, "questions": list(questions.values()), "journal": str(self.journal)}
+
+    def with_answers(self, made: dict | None) -> dict:
+        """What is known of the model, with the answers in the order of its questions.
+
+        made  what `ask` returned for `waiting`; None where nothing was asked
+        """
+        if made:
+            missing = [question["id"] for question in self.waiting()["questions"]]
+            self.known |= dict(zip(missing, made["answers"], strict=True))
+            self.known[MODEL] = {key: made[key] for key in FACTS}
+            store.add_to_journal(self.journal, {"id": MODEL, **self.known[MODEL]})
+        return {**self.known[MODEL], "answers": [self.known[name] for name in self.names]}
 
 
 def _in_order(request: dict) -> list[dict]:
@@ -129,7 +194,7 @@ def _answer_one(request: dict, before: int) -> dict:
     def finished(answers: dict[int, Answer]) -> None:
         nonlocal done
         for number, answer in answers.items():
-            store.append_json_line(request["journal"], {"id": _name(number, request["questions"][number]), **asdict(answer)})
+            store.add_to_journal(request["journal"], {"id": _name(number, request["questions"][number]), **asdict(answer)})
         done += len(answers)
         engine.emit(name=request["name"], done=done)
 

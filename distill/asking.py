@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import easydistill, process, store
+from . import easydistill, process, stages, store
 from .config import model_name
 from .console import progress, say
 from .easydistill import Installation
@@ -44,7 +44,7 @@ def answered(endpoint: Endpoint, task: Task, rows: list[dict], kind: str) -> tup
     rows  [{"id", …}], ids distinct
     kind  the folder of the journal, runs/<kind>; the journal's name hashes what decides an answer besides the row
     """
-    own = [store.hash_file(place) for place in [_prompts_of(easydistill.require(2), task)] if place]
+    own = [stages.code(*stages.ASKING), *[store.hash_file(place) for place in [_prompts_of(easydistill.require(2), task)] if place]]
     decisive = [endpoint.identity(), task.job, task.files, own]
     journal = store.ROOT / "runs" / kind / f"{store.hash_json(decisive)[:24]}.jsonl"
     journal.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def ask(endpoint: Endpoint, task: Task, rows: list[dict], journal: Path, title: 
                 _check_use(task, entries, endpoint)
                 first = False
             for entry in entries:
-                store.append_json_line(journal, entry)
+                store.add_to_journal(journal, entry)
 
 
 @contextmanager

@@ -7,13 +7,17 @@ import hashlib
 from pathlib import Path
 
 from . import config, store
-from .errors import BackendError, ConfigError
+from .errors import BackendError, ConfigError, DataError
 from .generation import stop_ids
-from .models import RUN_RECORD, load_to_train
+from .models import RUN_RECORD, fingerprint, load_to_train
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
-ENGINE_MODULES = ("train.py", "trainer.py", "checkpoint.py")
+ENGINE_MODULES = ("train.py", "trainer.py", "resume.py", "backoff.py", "checkpoint.py")
 LAUNCH_MODULES = ("launch.py", "workplace.py", "checkpoint.py")
+# what a job says besides what is learnt: where it goes, what is shown and kept of it, and how a step is fitted into memory
+_UNDECIDING = (
+    "output_dir", "logging_steps", "disable_tqdm", "report_to", "save_total_limit", "gradient_checkpointing", "per_device_eval_batch_size",
+)  # fmt: skip
 
 
 def check_out_dir(out_dir: str | Path) -> None:
@@ -27,16 +31,49 @@ def check_out_dir(out_dir: str | Path) -> None:
     store.check_writable(folder)
 
 
-def run_id(out_dir: Path) -> str | None:
-    """The run that made the checkpoint at `out_dir`; None where there is none."""
+def recorded(out_dir: Path, name: str) -> str | None:
+    """One fact of the record of the checkpoint at `out_dir`, such as "run_id" or "resume_key"; None where no record can be read."""
     place = out_dir / RUN_RECORD
-    record = store.read_json(place) if store.is_file(place) else None
-    return record.get("run_id") if isinstance(record, dict) else None
+    try:
+        record = store.read_json(place) if store.is_file(place) else None
+    except DataError:  # a damaged one must not stand in the way of the training that replaces it
+        return None
+    return record.get(name) if isinstance(record, dict) else None
 
 
 def engine_sha256(modules: tuple = ENGINE_MODULES) -> str:
     """SHA-256 (hex) of the modules that decide a training: the built-in engine's, or those that launch EasyDistill."""
     return store.hash_json([store.hash_file(Path(__file__).with_name(name)) for name in modules])
+
+
+def resume_key(job: dict, backend: str) -> str:
+    """SHA-256 (hex) of everything that decides the weights that a job trains: only the same job is continued, or taken for done.
+
+    backend  "builtin" or "easydistill"
+    Covers the settings (of batch and accumulation their product, the rows of a step), the token files, the student's files and the
+    engine's code; not the device and the versions of packages, so that a training goes on in another session.
+    """
+    tokens = Path(job["dataset"]["labeled_path"])
+    files = [place for place in (tokens, store.validation_path(tokens)) if store.is_file(place)]
+    decides = {
+        **decisive_settings(job),
+        "tokens_sha256": [store.hash_file(place) for place in files],
+        "student": fingerprint(job["models"]["student"]),
+        "engine_sha256": engine_sha256(LAUNCH_MODULES if backend == "easydistill" else ENGINE_MODULES),
+        "backend": backend,
+    }
+    return store.hash_json(decides)
+
+
+def decisive_settings(job: dict) -> dict:
+    """A job's settings that decide the weights it trains; of batch and accumulation their product, the rows of a step."""
+    training = {name: value for name, value in job["training"].items() if name not in _UNDECIDING}
+    rows = training.pop("per_device_train_batch_size", 8) * training.pop("gradient_accumulation_steps", 1)
+    return {
+        "job_type": job["job_type"],
+        "training": {**training, "rows_a_step": rows},
+        "lab": {name: value for name, value in config.lab_settings(job).items() if name != "sample_answers"},
+    }
 
 
 # Saving
@@ -115,11 +152,12 @@ def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: di
     import secrets
     from importlib.metadata import version
 
-    plan = run_folder / "plan.json"
+    plan, backend = run_folder / "plan.json", "easydistill" if easydistill else "builtin"
     planned = store.read_json(plan) if plan.is_file() else {}
     return {
         "run_id": secrets.token_hex(8),
-        "backend": "easydistill" if easydistill else "builtin",
+        "resume_key": resume_key(job, backend),
+        "backend": backend,
         "job": job,
         **planned,
         "settings": with_edits(planned.get("settings", {}), {**job["training"], **job.get("lab", {})}),

@@ -50,7 +50,7 @@ class Wanted:
     student_system2: str = "Qwen/Qwen2.5-1.5B-Instruct"
     slice_system1: str = "train[:1000]"
     slice_system2: str = "train[:20000]"
-    rows_system2: int = 2000
+    rows_system2: int = 1000
     rv_min: float = 0
     rv_max: float = 9
     cd_min: float = 0

@@ -5,7 +5,8 @@ import json
 import sys
 
 from . import console, store
-from .cli_data import DATA_COMMANDS, add_judge, read_list
+from .cli_data import DATA_COMMANDS, add_fresh, add_judge, read_list
+from .cli_plan import add_plan
 from .errors import BackendError, ConfigError, DistillError
 
 DESCRIPTION = "Turn a big Qwen teacher into a small student. Start with `demo`: it needs no GPU, no network and no model hub."
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "Interrupted. What stood at the output places stands there still; answers that a teacher gave are kept, and asked for no more.",
+            "Interrupted. Run the same command again: it goes on where it stood. What stood at the output places stands there still.",
             file=sys.stderr,
         )
         return 130
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     models = [_add_system1, _add_system2, _add_compare, add_judge, _add_chat]
-    for add in (_add_demo, *DATA_COMMANDS, *models, _add_doctor, _add_setup_easydistill, _add_build_micro):
+    for add in (_add_demo, *DATA_COMMANDS, add_plan, *models, _add_doctor, _add_setup_easydistill, _add_build_micro):
         add(commands).add_argument(
             "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"
         )
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("demo", help="the whole job on the models and data that ship with the lab; a few minutes on 2 CPU cores")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, the data order and the training (default 0)")
+    add_fresh(parser)
     parser.set_defaults(run=_demo)
     return parser
 
@@ -65,7 +67,7 @@ def _add_demo(commands) -> argparse.ArgumentParser:
 def _demo(options) -> dict:
     from .demo import run_demo
 
-    return run_demo(seed=options.seed)
+    return run_demo(seed=options.seed, fresh=options.fresh)
 
 
 def _add_system1(commands) -> argparse.ArgumentParser:
@@ -81,6 +83,7 @@ def _add_system(commands, system: str) -> argparse.ArgumentParser:
     parser.add_argument("--preset", help=f"settings to start from: a name in configs/presets or a JSON file (default {system})")
     parser.add_argument("--config", metavar="FILE", help="JSON object of settings over the preset")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting over both; may be repeated")
+    add_fresh(parser)
     parser.set_defaults(run=_distil, system=system)
     return parser
 
@@ -89,7 +92,8 @@ def _distil(options) -> dict:
     from . import pipeline
 
     distil = {"system1": pipeline.distill_system1, "system2": pipeline.distill_system2}[options.system]
-    return {"checkpoint": distil(user_settings(options.config, options.set, options.preset))}
+    settings = user_settings(options.config, options.set, options.preset)
+    return {"checkpoint": distil(settings | ({"fresh": True} if options.fresh else {}))}
 
 
 def user_settings(config_file: str | None, assignments: list[str], preset: str | None) -> dict:
@@ -121,6 +125,7 @@ def _add_compare(commands) -> argparse.ArgumentParser:
     parser.add_argument("--system2", default="./distilled-qwen2.5-1.5b-cot", metavar="PATH", help="default ./distilled-qwen2.5-1.5b-cot")
     for name, limit in (("teacher", 256), ("sys1", 256), ("sys2", 1024)):
         parser.add_argument(f"--max-tokens-{name}", type=int, default=limit, help=f"limit of an answer (default {limit})")
+    add_fresh(parser)
     parser.set_defaults(run=_compare)
     return parser
 
@@ -130,7 +135,7 @@ def _compare(options) -> dict:
 
     prompts = [*options.prompts, *(read_list(options.prompts_file) if options.prompts_file else [])]
     limits = {name: getattr(options, name) for name in ("max_tokens_teacher", "max_tokens_sys1", "max_tokens_sys2")}
-    return compare_models(prompts, options.teacher, options.system1, options.system2, **limits).to_dict()
+    return compare_models(prompts, options.teacher, options.system1, options.system2, **limits, fresh=options.fresh).to_dict()
 
 
 def _add_chat(commands) -> argparse.ArgumentParser:

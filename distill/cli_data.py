@@ -23,6 +23,11 @@ def _add_prepare_system1(commands) -> argparse.ArgumentParser:
     return parser
 
 
+def add_fresh(parser: argparse.ArgumentParser) -> None:
+    """`--fresh`, for the commands that else take up what an earlier run left."""
+    parser.add_argument("--fresh", action="store_true", help="do it all anew; else what is finished stays, and what was cut short goes on")
+
+
 def _add_source(parser: argparse.ArgumentParser, source: str, rows: str, columns: str) -> None:
     """What both preparations read from."""
     parser.add_argument("--source", default=source, help=f"hub dataset, or JSON, JSONL or Parquet file or folder (default {source})")
@@ -31,6 +36,7 @@ def _add_source(parser: argparse.ArgumentParser, source: str, rows: str, columns
     parser.add_argument("--columns", metavar="FIELD=COLUMN,…", help=f"e.g. {columns}")
     parser.add_argument("--validation", type=float, default=0.05, help="share of the rows split off for validation (default 0.05)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the split and of a mixture (default 42)")
+    add_fresh(parser)
 
 
 def _prepare_system1(options) -> dict:
@@ -47,6 +53,7 @@ def _prepare_system1(options) -> dict:
         seed=options.seed,
         out_instructions=options.out_instructions,
         out_labeled=options.out_labeled,
+        fresh=options.fresh,
     )
     return asdict(prepared)
 
@@ -91,6 +98,7 @@ def _prepare_system2(options) -> dict:
         validation=options.validation,
         seed=options.seed,
         out_cot=options.out,
+        fresh=options.fresh,
     )
     return asdict(prepared)
 
@@ -115,6 +123,7 @@ def _add_label(commands) -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="when sampling (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="when sampling (default 0)")
+    add_fresh(parser)
     parser.set_defaults(run=_label)
     return parser
 
@@ -157,7 +166,7 @@ def _label(options) -> dict:
     from .generation import token_limit
     from .label import label_file
 
-    settings = {name: getattr(options, name) for name in ("mode", "batch_size", "temperature", "top_p", "seed")}
+    settings = {name: getattr(options, name) for name in ("mode", "batch_size", "temperature", "top_p", "seed", "fresh")}
     settings |= {"bits": options.bits} if options.bits else {}
     settings["max_new_tokens"] = token_limit(options.max_new_tokens, options.mode)
     return _labeled(label_file(options.source, _teacher(options), options.out, **settings), options.out)
@@ -181,6 +190,7 @@ def _add_traces(commands) -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=2000, help="how many questions to ask (default 2000)")
     parser.add_argument("--max-new-tokens", type=int, help="limit of reasoning and answer together (default 1024)")
     parser.add_argument("--out", default="data/teacher_traces.json", metavar="FILE")
+    add_fresh(parser)
     parser.set_defaults(run=_traces)
     return parser
 
@@ -191,7 +201,7 @@ def _traces(options) -> dict:
 
     asked = {"slice_str": options.slice, "source": options.source, "columns": _columns(options.columns), "rows": options.rows}
     limit = token_limit(options.max_new_tokens, "system2")
-    return {"path": write_traces(_teacher(options), **asked, max_new_tokens=limit, out=options.out)}
+    return {"path": write_traces(_teacher(options), **asked, max_new_tokens=limit, out=options.out, fresh=options.fresh)}
 
 
 def _add_score(commands) -> argparse.ArgumentParser:

@@ -13,10 +13,10 @@ from .config import is_hub_name, model_name
 from .console import console, in_notebook, say
 from .errors import BackendError, ConfigError, DistillError, shortened
 from .evaluate import final_answer
+from .machine import teacher_settings
 
 # Who is asked in which mode.
 ROLE_MODES = {"teacher": prompt.MODES, "system1": ("system1",), "system2": ("system2",)}
-TEACHER_BITS = 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,13 +101,15 @@ def compare_models(
     max_tokens_teacher: int = 256,
     max_tokens_sys1: int = 256,
     max_tokens_sys2: int = 1024,
+    fresh: bool = False,
 ) -> Comparison:
     """Ask teacher and students the same prompts, greedily; print the answers (Jupyter shows what is returned) and save them.
 
     prompts       [text, asked in both modes, or {"prompt": text, "modes": ["system1", "system2"]}]
-    …_path        folder or hub name; the teacher is held in 8 bits
+    …_path        folder or hub name; the teacher is held in 8 bits, or in 4 where 8 do not fit
     …_model       a loaded model, with its tokenizer; its path is then only its name
     max_tokens_…  limit of an answer, in tokens, in either mode
+    fresh         ask everything anew; else a model that is loaded here is, and one by its path is asked what it was not asked before
 
     The teacher is asked in each mode of a prompt, a student in its own. A model that is missing or fails is left out, with its reason.
     Writes `reports/comparison/comparison.{md,html,json}`; logs are in `runs/compare/`.
@@ -126,7 +128,7 @@ def compare_models(
     missing = {column.role: why for column in wanted if (why := _why_left_out(column))}
     folder = store.ROOT / "reports" / "comparison"
     store.check_writable(folder / "comparison.json")
-    results = _ask_all([column for column in wanted if column.role not in missing], asked, missing)
+    results = _ask_all([column for column in wanted if column.role not in missing], asked, missing, fresh)
     if not results:
         raise ConfigError.from_problems("the comparison: no model is left", list(missing.values()))
     comparison = _comparison(asked, columns, results, missing)
@@ -187,18 +189,20 @@ def _why_left_out(column: _Column) -> str | None:
         tokenizer = column.tokenizer or _check_model(column)
         for mode in column.modes:
             prompt.chat_format(tokenizer, mode)
-    except ConfigError as error:
+    except DistillError as error:
         return _say_left_out(column, error)
     return None
 
 
 def _check_model(column: _Column):
-    """The tokenizer of a model that is there. Raises ConfigError."""
+    """The tokenizer of a model that is there. Raises ConfigError, DataError for a checkpoint of the lab that is damaged."""
     name = model_name(column.path)
     if not is_hub_name(name) and not store.is_file(Path(name) / "config.json"):
         raise ConfigError(
             f"Model not found at {column.path}: {models.missing_in_folder(Path(name))} Distil it first, or give another {column.role}_path."
         )
+    if not is_hub_name(name):
+        store.read_manifest(name, name=models.RUN_RECORD)
     return models.check_model(name, "teacher" if column.role == "teacher" else "student")
 
 
@@ -208,19 +212,19 @@ def _say_left_out(column: _Column, error: DistillError) -> str:
     return str(error)
 
 
-def _ask_all(columns: list[_Column], asked: list[dict], missing: dict[str, str]) -> dict[str, dict]:
+def _ask_all(columns: list[_Column], asked: list[dict], missing: dict[str, str], fresh: bool) -> dict[str, dict]:
     """Every model's facts and answers by role; one that fails goes to `missing` and takes no other down."""
     results = {}
     with store.lock(store.ROOT / "runs" / "compare"):
         for column in columns:
             try:
-                results[column.role] = _ask(column, asked)
+                results[column.role] = _ask(column, asked, fresh)
             except DistillError as error:
                 missing[column.role] = _say_left_out(column, error)
     return results
 
 
-def _ask(column: _Column, asked: list[dict]) -> dict:
+def _ask(column: _Column, asked: list[dict], fresh: bool) -> dict:
     """One model's facts and answers, the answers in the order of `_questions`."""
     limits = dict.fromkeys(column.modes, column.max_new_tokens)
     questions = [{"instruction": asked[number]["prompt"], "mode": mode} for number, mode in _questions(column, asked)]
@@ -228,9 +232,13 @@ def _ask(column: _Column, asked: list[dict]) -> dict:
     if column.model is not None:
         return {"bits": None, "load_seconds": None, **_ask_given(column, request)}
     role = "teacher" if column.role == "teacher" else "student"
-    request |= {"path": model_name(column.path), "role": role, "bits": TEACHER_BITS if role == "teacher" else None}
+    request |= {
+        "path": model_name(column.path),
+        "role": role,
+        **(teacher_settings(str(column.path)) if role == "teacher" else {"bits": None}),
+    }
     title = f"Asking the {TITLES[column.role]}"
-    return answers.ask([request], store.ROOT / "runs" / "compare" / column.role, title)[column.role]
+    return answers.ask_once([request], store.ROOT / "runs" / "compare" / column.role, title, fresh=fresh)[column.role]
 
 
 def _ask_given(column: _Column, request: dict) -> dict:

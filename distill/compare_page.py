@@ -69,7 +69,7 @@ def _summary_row(column: dict, answers: list[dict]) -> list[str]:
     stopped = sum(answer["stopped"] for answer in answers)
     pace = f"{tokens / seconds:,.1f}" if seconds else "-"
     parameters = f"{column['parameters'] / 1e6:,.1f} M"
-    return [column["name"], parameters, f"{stopped}/{count}", f"{tokens / count:,.1f}", pace, f"{seconds / count:.2f}"]
+    return [visible(column["name"]), parameters, f"{stopped}/{count}", f"{tokens / count:,.1f}", pace, f"{seconds / count:.2f}"]
 
 
 def _model_line(column: dict) -> str:
@@ -92,7 +92,7 @@ def _brief(message: str) -> str:
 
 def _made_line(facts: dict) -> str:
     by_model = [", ".join(f"{name} {version}" for name, version in column["versions"].items()) for column in facts["columns"]]
-    return f"Made {facts['made']} with {'; '.join(dict.fromkeys(by_model))}."
+    return visible(f"Made {facts['made']} with {'; '.join(dict.fromkeys(by_model))}.")
 
 
 def _sections(facts: dict) -> list[tuple[str, str, list[dict]]]:

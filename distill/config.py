@@ -21,7 +21,8 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_wi
 # one decision under two names: where you say one, the preset's gives way
 ALTERNATIVES = (("warmup_ratio", "warmup_steps"), ("save_strategy", "save_steps"), ("bf16", "fp16"), ("packing", "group_by_length"))
 OTHER_NAMES = {"num_epochs": "num_train_epochs", "cot_path": "labeled_path"}
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
+LAB_OPTIMIZERS = ("adamw_bnb_8bit",)  # only the built-in engine has bitsandbytes
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", *LAB_OPTIMIZERS)
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,19 @@ LAB = {
     "lora_rank": Setting(int, 0, 4096, why="0 trains every weight; usual for LoRA: 8 to 64."),
     "lora_alpha": Setting(float, 0.001, 65_536, why="Usual: twice lora_rank."),
     "lora_dropout": Setting(float, 0, 0.9),
+    "quantize_bits": Setting(int, choices=(0, 4), why="4 holds what LoRA freezes in NF4 (QLoRA); 0 quantizes nothing."),
     "packing": Setting(bool),
     "sample_answers": Setting(int, 0, 5, why="Validation questions answered at every save."),
 }
-LAB_DEFAULTS = {"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0, "packing": False, "sample_answers": 3}
+LAB_DEFAULTS = {"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0, "quantize_bits": 0, "packing": False, "sample_answers": 3}
+OF_LORA = ("lora_alpha", "lora_dropout", "quantize_bits")
 LORA_ALPHA_PER_RANK = 2
 # What decides how a job is run, and is not part of it.
-RUN = {"time_limit_minutes": Setting(float, 0.01, 100_000, why="Wall-clock time after which a training is ended; leave it out for none.")}
+RUN = {
+    "time_limit_minutes": Setting(float, 0.01, 100_000, why="Wall-clock time after which a training is ended; leave it out for none."),
+    "fresh": Setting(bool, why="True trains anew, whatever an earlier run left."),
+    "fall_back": Setting(bool, why="True has the built-in engine train where EasyDistill fails."),
+}
 # What a user's dict holds besides the settings of training, lab and run.
 USER_KEYS = ("preset", "teacher_model", "student_model", "labeled_path", "out_dir", "config_path", "backend", "template_path", *OTHER_NAMES)
 NEEDED = ("student_model", "labeled_path", "out_dir", "config_path", "num_train_epochs", "max_length", "learning_rate", "seed")
@@ -169,7 +176,7 @@ def _giving_way(base: dict, yours: dict) -> dict:
     """A preset's settings without those that yours take the place of; a false one of yours takes no other's place."""
     replaced = {key for together in ALTERNATIVES if any(yours.get(key, False) is not False for key in together) for key in together}
     if yours.get("lora_rank") == 0:
-        replaced |= {"lora_alpha", "lora_dropout"}
+        replaced |= set(OF_LORA)
     return {key: value for key, value in base.items() if key not in replaced}
 
 
@@ -198,6 +205,8 @@ def _flat_problems(values: dict) -> list[str]:
             problems.append(f"{key} = {values[key]!r}: is no path or name.")
     if values.get("backend", "auto") not in BACKENDS:
         problems.append(backend_problem(values["backend"]))
+    if values.get("fall_back") is True and values.get("backend") == "builtin":
+        problems.append("fall_back = True: has no effect under backend = 'builtin'; drop one.")
     problems += _value_problems(values, RUN, prefix="")
     return problems + _training_problems(values, prefix="") + _lab_problems(values, values, prefix="", training_prefix="")
 
@@ -230,7 +239,7 @@ def _lab_problems(values: dict, training: dict, prefix: str, training_prefix: st
     if not values.get("lora_rank"):
         problems += [
             f"{prefix}{key} = {values[key]!r}: has no effect without {prefix}lora_rank; set that too, or drop it."
-            for key in ("lora_alpha", "lora_dropout")
+            for key in OF_LORA
             if values.get(key)
         ]
     if values.get("packing") is True and training.get("group_by_length") is True:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from . import store
+from . import stages, store
 from .console import progress, say
 from .errors import DataError, shortened
-from .label import label_rows, teacher_of
+from .label import Labeled, label_rows, teacher_of
 from .preparation import (
     DUPLICATE,
     NO_DATA,
@@ -23,13 +23,15 @@ from .preparation import (
     Spool,
     argument_problems,
     check_places,
+    contents_of,
     raise_problems,
     readable,
+    reuse,
     why_nothing,
     write_prepared,
 )
 from .prompt import format_prompt, is_unicode, row_id, tokenizer_hash, trained_ids
-from .sources import Source, mix, parse_sources, provenance
+from .sources import Source, mix, parse_sources, provenance, settings_of
 from .store import validation_path
 
 DISTILQWEN = "alibaba-pai/DistilQwen_100k"
@@ -48,8 +50,9 @@ def prepare_system1_dataset(
     seed: int = 42,
     out_instructions: str = "data/train_instructions.json",
     out_labeled: str = "data/train_labeled.json",
+    fresh: bool = False,
 ) -> Prepared:
-    """Write the labelled rows that System 1 is trained on.
+    """Write the labelled rows that System 1 is trained on. Where they stand already, and nothing has changed, nothing is done.
 
     slice_str   source rows to read, e.g. "train[:1000]", "train[10%:20%]"
     source      hub name, local JSON, JSONL or Parquet file or folder, or a list of {source, columns, weight, slice} to mix
@@ -59,6 +62,7 @@ def prepare_system1_dataset(
     teacher_model, teacher_tokenizer  who relabels: a name or folder (loaded in 8-bit), a loaded model with its tokenizer, or an Endpoint
     relabel_with_teacher              True: every label is the teacher's, and the source needs none; a whole number: those of the first
                                       so many rows; False: the data set's own
+    fresh       make them anew, whatever stands there: read, and asked of the teacher, from the beginning
     Raises DataError `No data for System 1 distillation: …`, ConfigError for settings that cannot work.
 
     One row in:  {"instruction": "Add.", "input": "2 and 2", "output": "4"}
@@ -69,18 +73,41 @@ def prepare_system1_dataset(
     labeled, instructions = store.resolve(out_labeled), store.resolve(out_instructions)
     check_places(sources, {"out_instructions": instructions, "out_labeled": labeled})
     teacher = teacher_of(teacher_model, teacher_tokenizer) if relabel_with_teacher else None
-    with store.lock(labeled), closing(Spool()) as spool:
-        counts = _read_into(spool, mix(sources, seed), rows, with_labels=relabel_with_teacher is not True)
-        if teacher and spool.count:
-            counts.update(_relabel(spool, teacher, None if relabel_with_teacher is True else relabel_with_teacher))
-        read, dropped = counts.pop("read"), dict(counts)
-        if not spool.count:
-            raise DataError(f"{NO_DATA['system1']}: {why_nothing(sources, read, dropped)}")
-        spool.choose_validation(validation, seed)
-        facts = {"read": read, "dropped": dropped, "slice": slice_str, "seed": seed, "validation_share": validation}
-        prepared = write_prepared(spool, facts, labeled, instructions)
+    with store.lock(labeled):
+        settings = {"rows": rows, "validation": validation, "relabel_with_teacher": relabel_with_teacher, "seed": seed}
+        stage = _stage(sources, settings, teacher)
+        prepared = reuse(stage, fresh, labeled, instructions)
+        if not prepared:
+            with closing(Spool()) as spool:
+                facts = _fill(spool, sources, settings, teacher, fresh)
+                spool.choose_validation(validation, seed)
+                facts |= {"slice": slice_str, "seed": seed, "validation_share": validation}
+                prepared = write_prepared(spool, stage.record(facts.pop("incomplete")), facts, labeled, instructions)
     say(str(prepared))
     return prepared
+
+
+def _stage(sources: list[Source], settings: dict, teacher) -> stages.Stage:
+    settings, inputs, modules = settings | settings_of(sources), contents_of(sources, "system1"), stages.PREPARING["system1"]
+    if teacher:
+        settings |= {"teacher_model": teacher.name}
+        inputs |= {"the teacher": store.hash_json(teacher.identity())}
+        modules += stages.LABELLING
+    return stages.Stage("System 1's data", settings, inputs, stages.code(*modules))
+
+
+def _fill(spool: Spool, sources: list[Source], settings: dict, teacher, fresh: bool) -> dict:
+    """Read the sources and ask the teacher. Returns {"read", "dropped", "incomplete"}; raises DataError where no row is left."""
+    relabel, incomplete = settings["relabel_with_teacher"], ""
+    counts = _read_into(spool, mix(sources, settings["seed"], fresh=fresh), settings["rows"], with_labels=relabel is not True)
+    if teacher and spool.count:
+        labeled = _relabel(spool, teacher, None if relabel is True else relabel, fresh)
+        incomplete = labeled.incomplete
+        counts.update(labeled.dropped)
+    read, dropped = counts.pop("read"), dict(counts)
+    if not spool.count:
+        raise DataError(f"{NO_DATA['system1']}: {why_nothing(sources, read, dropped)}")
+    return {"read": read, "dropped": dropped, "incomplete": incomplete}
 
 
 def _relabel_problems(teacher_model, relabel) -> list[str]:
@@ -93,17 +120,17 @@ def _relabel_problems(teacher_model, relabel) -> list[str]:
     return []
 
 
-def _relabel(spool: Spool, teacher, first: int | None) -> Counter:
-    """Put the teacher's answers in place of the labels of the first rows, all where `first` is None. Returns rows dropped by reason."""
+def _relabel(spool: Spool, teacher, first: int | None, fresh: bool) -> Labeled:
+    """Put the teacher's answers in place of the labels of the first rows, all where `first` is None. Returns what labelling gave."""
     rows = list(islice(spool.rows(validation=False), first))
-    labeled = label_rows(rows, teacher)
+    labeled = label_rows(rows, teacher, fresh=fresh)
     kept = {row["id"] for row in labeled.rows}
     for row in rows:
         if row["id"] not in kept:
             spool.remove(row["id"])
     for row in labeled.rows:
         spool.replace(row)
-    return Counter(labeled.dropped)
+    return labeled
 
 
 def _read_into(spool: Spool, mixed: Iterable[tuple[Source, dict]], rows: int | None, with_labels: bool) -> Counter:
@@ -219,10 +246,22 @@ class Tokenized:
 
 
 def write_tokenized(labeled: str | Path, tokenizer, max_length: int, mode: str, out: Path) -> Tokenized:
-    """Tokenize labelled rows for training: `id`, `instruction`, `output`, `input_ids`, `completion_mask`.
+    """Tokenize labelled rows for training: `id`, `instruction`, `output`, `input_ids`, `completion_mask`; where that is done, nothing is.
 
     max_length  in tokens; a row that does not fit whole is dropped and counted, never cut
     """
+    made_for = tokens_made_for(tokenizer, max_length)
+    inputs = {store.shown(labeled): store.hash_file(store.resolve(labeled)), "the student's tokenizer": made_for["tokenizer_sha256"]}
+    stage = stages.Stage(f"Tokens of {out.name}", {"max_length": max_length, "mode": mode}, inputs, stages.code(*stages.TOKENIZING))
+    if known := stages.reuse(stage, out):
+        return Tokenized(out, **known["counts"])
+    counts = _tokenize(labeled, tokenizer, max_length, mode, out)
+    store.write_manifest(out, {**made_for, "counts": counts, "stage": stage.record()})
+    return Tokenized(out, **counts)
+
+
+def _tokenize(labeled: str | Path, tokenizer, max_length: int, mode: str, out: Path) -> dict:
+    """Write the token file. Returns the counts of `Tokenized`."""
     seen = Counter(shortest=0)
 
     def tokenized() -> Iterator[dict]:
@@ -242,8 +281,7 @@ def write_tokenized(labeled: str | Path, tokenizer, max_length: int, mode: str, 
     with progress("Tokenizing") as update:
         store.write_rows(out, tokenized())
         update(seen["kept"], total=seen["kept"])
-    store.write_manifest(out, tokens_made_for(tokenizer, max_length))
-    return Tokenized(out, **{key: seen[key] for key in ("kept", "too_long", "shortest", "longest", "supervised")})
+    return {key: seen[key] for key in ("kept", "too_long", "shortest", "longest", "supervised")}
 
 
 def tokens_made_for(tokenizer, max_length: int) -> dict:

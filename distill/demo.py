@@ -41,34 +41,35 @@ STUDENT_TOKENS = 150  # of an answer of System 2; twice the longest that it is t
 RV_MAX = 2  # students of this size learn from terse steps
 
 
-def run_demo(seed: int = 0) -> dict:
+def run_demo(seed: int = 0, *, fresh: bool = False) -> dict:
     """Distil the micro teacher into both students, with controls. Returns the report and writes it to `reports/demo/`.
 
-    seed  of the validation split, the data order and the training
+    seed   of the validation split, the data order and the training
+    fresh  do everything anew; else what an earlier run finished stays, and what it left unfinished goes on
     """
     started = time.monotonic()
     if store.read_manifest(MICRO) is None:
         raise DataError(f"{store.shown(MICRO)} is missing or incomplete: get the repository's files anew, or run build-micro.")
     with store.lock(WORK):  # its files have fixed names
-        return _run(seed, started)
+        return _run(seed, fresh, started)
 
 
-def _run(seed: int, started: float) -> dict:
+def _run(seed: int, fresh: bool, started: float) -> dict:
     say(f"Demo, seed {seed}: teacher and data from {store.shown(MICRO)}")
-    labeled, cot = _prepare_system1(seed), _prepare_system2(seed)
+    labeled, cot = _prepare_system1(seed, fresh), _prepare_system2(seed, fresh)
     jobs = _jobs(labeled, cot, seed)
     say(f"\nTraining {len(jobs)} students: the two, and {len(CONTROLS)} controls")
-    trained = engine.in_parallel([lambda job=job: run_easy_distill(job) for job in jobs.values()])
+    trained = engine.in_parallel([lambda job=job: run_easy_distill(job, fresh=fresh) for job in jobs.values()])
     checkpoints = {name: result.checkpoint for name, result in zip(jobs, trained, strict=True)}
-    report = _report(checkpoints, labeled, seed)
+    report = _report(checkpoints, labeled, seed, fresh)
     store.write_json(REPORT, report)
-    _compare(checkpoints)
+    _compare(checkpoints, fresh)
     _show(report)
     say(f"{time.monotonic() - started:.0f} s in all. Report: {store.shown(REPORT)}")
     return report
 
 
-def _prepare_system1(seed: int) -> Path:
+def _prepare_system1(seed: int, fresh: bool) -> Path:
     labeled = WORK / "data" / "train_labeled.json"
     prepare_system1_dataset(
         "train",
@@ -78,13 +79,24 @@ def _prepare_system1(seed: int) -> Path:
         seed=seed,
         out_labeled=labeled,
         out_instructions=WORK / "data" / "train_instructions.json",
+        fresh=fresh,
     )
     return labeled
 
 
-def _prepare_system2(seed: int) -> Path:
-    cot, source, student = WORK / "data" / "cot.json", str(MICRO / "omnithought.parquet"), str(MICRO / "student_system2")
-    prepare_system2_dataset("train", source=source, rows=None, rv_max=RV_MAX, student_model=student, max_length=256, seed=seed, out_cot=cot)
+def _prepare_system2(seed: int, fresh: bool) -> Path:
+    cot = WORK / "data" / "cot.json"
+    prepare_system2_dataset(
+        "train",
+        source=str(MICRO / "omnithought.parquet"),
+        rows=None,
+        rv_max=RV_MAX,
+        student_model=str(MICRO / "student_system2"),
+        max_length=256,
+        seed=seed,
+        out_cot=cot,
+        fresh=fresh,
+    )
     return cot
 
 
@@ -175,12 +187,13 @@ def _truncate(job: str) -> str:
     for path in (tokens, validation_path(tokens)):
         rows = list(store.read_rows(path))
         store.write_rows(path, [{**row, **{key: row[key][:limit] for key in ("input_ids", "completion_mask")}} for row in rows])
-        store.write_manifest(path, {key: value for key, value in manifest.items() if key != "files"})
+        # without "stage": these are not the tokens of its settings, so that the next run makes them anew and cuts them again
+        store.write_manifest(path, {key: manifest[key] for key in ("tokenizer_sha256", "max_length")})
     say(f"  rows cut at {limit} tokens: {sum(length > limit for length in lengths):,} of {len(lengths):,} lose their end")
     return job
 
 
-def _report(checkpoints: dict, labeled: Path, seed: int) -> dict:
+def _report(checkpoints: dict, labeled: Path, seed: int, fresh: bool) -> dict:
     """Score everything: System 1 on all families, asked plainly; System 2 on the reasoning families, asked to reason."""
     plainly = {"before1": str(MICRO / "student_system1")} | {
         name: checkpoints[name] for name in ("system1", "shuffled_labels", "gold_labels", "bare_answers")
@@ -190,11 +203,11 @@ def _report(checkpoints: dict, labeled: Path, seed: int) -> dict:
     }
     models = [{"name": "teacher", "path": TEACHER, "mode": None}]
     models += [{"name": name, "path": path, "mode": "system1"} for name, path in plainly.items()]
-    scores = score(models, MICRO / "heldout.jsonl", WORK, MAX_NEW_TOKENS, BATCH_TOKENS)
+    scores = score(models, MICRO / "heldout.jsonl", WORK, MAX_NEW_TOKENS, BATCH_TOKENS, fresh=fresh)
     questions = WORK / "data" / "heldout_system2.jsonl"
     store.write_jsonl(questions, [row for row in store.read_rows(MICRO / "heldout.jsonl") if row["system"] == 2])
     models = [{"name": name, "path": path, "mode": "system2"} for name, path in reasoning.items()]
-    scores |= score(models, questions, WORK, {"system2": STUDENT_TOKENS}, BATCH_TOKENS)
+    scores |= score(models, questions, WORK, {"system2": STUDENT_TOKENS}, BATCH_TOKENS, fresh=fresh)
     runs = {system: store.read_json(Path(checkpoints[system]) / RUN_RECORD) for system in ("system1", "system2")}
     return {
         "teacher": scores["teacher"],
@@ -217,14 +230,15 @@ def _chance(labeled: Path) -> dict:
     return {family: max(labels[family].values(), default=0) / max(labels[family].total(), 1) for family in FAMILIES}
 
 
-def _compare(checkpoints: dict) -> None:
+def _compare(checkpoints: dict, fresh: bool) -> None:
     """Teacher and students side by side on the first held-out question of some families."""
     first = {}
     for row in store.read_rows(MICRO / "heldout.jsonl"):
         first.setdefault(row["family"], {"prompt": row["instruction"], "modes": [f"system{row['system']}"]})
     prompts = [first["reverse"], first["count_even"], {**first["add"], "modes": ["system1", "system2"]}, first["multiply"]]
-    limits = {"max_tokens_teacher": MAX_NEW_TOKENS["system2"], "max_tokens_sys1": MAX_NEW_TOKENS["system1"]}
-    compare_models(prompts, TEACHER, checkpoints["system1"], checkpoints["system2"], max_tokens_sys2=MAX_NEW_TOKENS["system2"], **limits)
+    limits = dict.fromkeys(("max_tokens_teacher", "max_tokens_sys2"), MAX_NEW_TOKENS["system2"])
+    limits["max_tokens_sys1"] = MAX_NEW_TOKENS["system1"]
+    compare_models(prompts, TEACHER, checkpoints["system1"], checkpoints["system2"], **limits, fresh=fresh)
 
 
 def retained(report: dict, system: str = "system1") -> float:

@@ -22,11 +22,16 @@ _PARENT = "DISTILL_LAB_PARENT"
 
 
 def run_module(
-    module: str, arguments: list[str], log: Path, on_event: Callable[[dict], None], limit_seconds: float | None = None
+    module: str,
+    arguments: list[str],
+    log: Path,
+    on_event: Callable[[dict], None],
+    limit_seconds: float | None = None,
+    append: bool = False,
 ) -> process.Ended:
     """Run `python -m module arguments…` to its end; it ends with the lab too.
 
-    log            file that gets everything the child prints
+    log            file that gets everything the child prints; `append` keeps what stands there
     on_event       called with each event, in order
     limit_seconds  wall-clock time that it may take
     """
@@ -37,7 +42,7 @@ def run_module(
 
     command = [engine_python()[0], "-m", module, *arguments]
     environment = {**child_environment(), "PYTHONUNBUFFERED": "1", _PARENT: "1"}
-    return process.run(command, log, hear, cwd=store.ROOT, env=environment, limit_seconds=limit_seconds)
+    return process.run(command, log, hear, cwd=store.ROOT, env=environment, limit_seconds=limit_seconds, append=append)
 
 
 def in_parallel(tasks: list[Callable]) -> list:

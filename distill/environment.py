@@ -19,15 +19,17 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import process, store
+from . import packages, process, store
 from .console import progress, say
 from .errors import BackendError, DataError, shortened
+from .packages import python_of
 
 PROJECT = Path(__file__).resolve().parent.parent  # not store.ROOT, which a test may set elsewhere
 REQUIREMENTS = PROJECT / "requirements.txt"
 CONSTRAINTS = PROJECT / "constraints.txt"
 ENGINE = PROJECT / ".train-env"
 SEALED = "engine.json"  # written last: an environment without it, or made for something else, is made anew
+PACKAGES = "packages"  # in the seal: what was installed, so that what is lost later is missed
 LOG = PROJECT / "runs" / "train-env.log"
 OPTIONAL = ("vllm", "fastapi", "uvicorn", "openai", "pydantic")  # what serves a model over an API
 SETUP = "import distill_app; distill_app.setup_engine()"
@@ -53,11 +55,12 @@ def setup_engine() -> str:
     """Make sure that an interpreter is there which can train; returns its path. Nothing is done where there is one.
 
     Otherwise makes `.train-env`, which takes a few minutes and a network; the running Python's packages stay as they are.
-    Raises BackendError with the end of the log; an environment that was not finished is made anew the next time.
+    Raises BackendError with the end of the log; an environment that was not finished, or is damaged, is made anew.
     """
     with store.lock(ENGINE):
-        if lacking_packages() and not is_complete(_recipe()):
+        if lacking_packages() and (why := _why_made_anew(_recipe())):
             _refuse_old_torch()
+            say(f"{store.shown(ENGINE)} {why}")
             make(_recipe(), lambda python, update: _prove(probe(python)))
     path, reason = engine_python()
     say(f"engine: {path} ({reason})")
@@ -165,21 +168,27 @@ def kernel_folders() -> list[str]:
 
 def kernel_facts(shared: bool = True) -> dict:
     """What an environment depends on in the running Python; its packages only where they are shared."""
-    packages = {"kernel": kernel_folders(), "kernel_torch": installed("torch")} if shared else {}
-    return {"python": platform.python_version(), **packages}
-
-
-def python_of(folder: Path) -> Path:
-    """An environment's interpreter."""
-    return folder / "bin" / "python"
+    kernel = {"kernel": kernel_folders(), "kernel_torch": installed("torch")} if shared else {}
+    return {"python": platform.python_version(), **kernel}
 
 
 def is_complete(recipe: Recipe) -> bool:
     """Whether an environment stands that was made to its end, for what is asked now."""
     try:
-        return python_of(recipe.folder).exists() and store.read_json(recipe.folder / SEALED) == recipe.facts
+        sealed = store.read_json(recipe.folder / SEALED)
     except DataError:
         return False
+    return python_of(recipe.folder).exists() and {name: sealed.get(name) for name in recipe.facts} == recipe.facts
+
+
+def _why_made_anew(recipe: Recipe) -> str | None:
+    """Why an environment has to be made, in words; None where a whole one stands."""
+    if not recipe.folder.exists():
+        return "is not here yet"
+    if not is_complete(recipe):
+        return "was made for another Python, torch or list of packages, or not to its end, and is made anew"
+    lost = packages.damage(recipe.folder, store.read_json(recipe.folder / SEALED).get(PACKAGES, []))
+    return lost and f"is damaged ({lost}), and is made anew"
 
 
 def make(recipe: Recipe, prove: Callable[[Path, Callable], None]) -> None:
@@ -200,7 +209,7 @@ def make(recipe: Recipe, prove: Callable[[Path, Callable], None]) -> None:
             run([*installer, *_options(recipe, Path(folder), with_uv="uv" in Path(installer[0]).name)], recipe, update)
             update(1, total=1, note="trying it")
             prove(python_of(recipe.folder), update)
-        store.write_json(recipe.folder / SEALED, recipe.facts)
+        store.write_json(recipe.folder / SEALED, {**recipe.facts, PACKAGES: packages.listed(recipe.folder)})
         shutil.rmtree(_aside(recipe), ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(recipe.folder, ignore_errors=True)
@@ -246,8 +255,7 @@ def _show_packages(recipe: Recipe) -> None:
     # a .pth file, since --system-site-packages would show the Python under a virtual environment and not the environment itself
     if broken := [folder for folder in recipe.shown if "\n" in folder or "\r" in folder]:
         raise failure(recipe, f"{shortened(repr(broken[0]))} has a line break in its name; rename it")  # Python would run what follows it
-    (packages,) = (recipe.folder / "lib").glob("python*/site-packages")
-    (packages / "kernel.pth").write_text("".join(f"{folder}\n" for folder in recipe.shown), encoding="utf-8")
+    (packages.folder_of(recipe.folder) / "kernel.pth").write_text("".join(f"{folder}\n" for folder in recipe.shown), encoding="utf-8")
 
 
 def _options(recipe: Recipe, folder: Path, with_uv: bool) -> list[str]:

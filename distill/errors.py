@@ -1,10 +1,17 @@
 """Every error that a user of the lab is meant to meet: it says what happened, why, and what to do."""
 
+import re
 from difflib import get_close_matches
+
+# a user name and password in an address, whole or as a path's normal form; a key of the hub's or of OpenAI's form
+_SECRETS = ((re.compile(r"(?<=:/)(/?)\S*@"), r"\1***@"), (re.compile(r"\b(?:hf_\w{16,}|sk-[\w-]{16,})"), "***"))
 
 
 class DistillError(Exception):
-    """Base of the lab's errors. The message is complete by itself; a traceback would add nothing."""
+    """Base of the lab's errors. The message is complete by itself; a traceback would add nothing. No secret stays in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython and Jupyter show in place of a traceback: the message alone."""
@@ -31,6 +38,17 @@ class PreflightError(DistillError):
 
 class BackendError(DistillError):
     """A training process that did not leave a good checkpoint."""
+
+
+def without_secrets(text: str) -> str:
+    """A text without the passwords that an address in it may carry, and without keys.
+
+    >>> without_secrets("No model at https://me:secret@host/x")
+    'No model at https://***@host/x'
+    """
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def did_you_mean(name: str, known) -> str:

@@ -9,8 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from . import store
-from .answers import ask
+from .answers import ask_once
+from .config import model_name
 from .errors import DataError
+from .models import check_student
 from .prompt import REASONING_TAGS
 
 Z_95 = 1.959963984540054
@@ -63,20 +65,36 @@ def mean_exact_match(scores: dict, families: list[str]) -> float:
     return sum(scores["exact_match"][family]["value"] for family in families) / len(families)
 
 
-def score(models: list[dict], questions: str | Path, run_folder: Path, max_new_tokens: dict, batch_tokens: int = 16_384) -> dict:
-    """Score models on a held-out file, in one subprocess, one model in memory at a time.
+def score(
+    models: list[dict],
+    questions: str | Path,
+    run_folder: Path,
+    max_new_tokens: dict,
+    batch_tokens: int = 16_384,
+    *,
+    fresh: bool = False,
+) -> dict:
+    """Score models on a held-out file, in one subprocess, one model in memory at a time; none is asked twice (`answers.ask_once`).
 
     models          [{"name", "path", "mode"}]; mode None asks each question as its system says, "system1" asks all plainly
     questions       JSON-lines file of questions
     max_new_tokens  mode → limit of an answer, in tokens
     batch_tokens    tokens that a batch may come to; the more, the faster, as long as memory lasts
+    fresh           ask everything anew
     Returns {name: {"parameters", "exact_match": {family: {"value", "n", "ci"}}, "reasoned", "stopped"}}; the last two are the shares of all
-    answers that reason before they answer and that end by themselves. Raises BackendError with the end of the log.
+    answers that reason before they answer and that end by themselves.
+    Raises ConfigError `Invalid student model: …`, BackendError with the end of the log.
     """
+    paths = [model_name(model["path"]) for model in models]
+    for path in paths:
+        check_student(path)
     rows = list(store.read_rows(questions))
     same = {"bits": 32, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    requests = [{"name": model["name"], "path": model["path"], "questions": _asked(rows, model["mode"]), **same} for model in models]
-    return {name: _scores(rows, made) for name, made in ask(requests, run_folder, "Scoring").items()}
+    requests = [
+        {"name": model["name"], "path": path, "questions": _asked(rows, model["mode"]), **same}
+        for model, path in zip(models, paths, strict=True)
+    ]
+    return {name: _scores(rows, made) for name, made in ask_once(requests, run_folder, "Scoring", fresh=fresh).items()}
 
 
 def _asked(rows: list[dict], mode: str | None) -> list[dict]:

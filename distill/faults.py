@@ -4,11 +4,23 @@ ended, so that its log, and what the lab saw itself, are all there is to go by.
 Only a run that failed is diagnosed: a line that says "error" is no fault by itself.
 """
 
+import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from . import store
+from .errors import DistillError
 
 TRACEBACK = "Traceback (most recent call last)"
 FULL_BYTES = 64 * 2**20  # less than this left on the disk is a full one
+FULL_DISK = (  # as Python and Rust and torch say it
+    r"No space left on device|Disk quota exceeded|File too large|\(?os error (?:28|122|27)\)?|\[Errno (?:28|122|27)\]|"
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs"
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,7 @@ KNOWN = (
     (
         "a full disk",
         "Free some space; a checkpoint takes 4 bytes a parameter, and is written up to three times.",
-        r"No space left on device|Disk quota exceeded|File too large|\(?os error (?:28|122|27)\)?|\[Errno (?:28|122|27)\]|"
-        r"PytorchStreamWriter failed|unexpected pos \d+ vs",
+        FULL_DISK,
     ),
     (
         "the training was killed, as happens when memory runs out",
@@ -142,3 +153,29 @@ def diagnose(log: str, facts: Facts) -> Fault:
         f"the training ended before its end, and EasyDistill's exit status ({facts.status}) does not tell why",
         "The log's end may; otherwise take backend = 'builtin'.",
     )
+
+
+@contextmanager
+def naming_full_disk(place: Path) -> Iterator[None]:
+    """Within the block, a full disk is the ConfigError of `store.cannot_write`, in whatever words and error a library reports it.
+
+    place  what is said to be full where the error does not name a file
+    """
+    try:
+        yield
+    except DistillError:
+        raise
+    except Exception as error:
+        full = next((one for one in _chain(error) if re.search(FULL_DISK, str(one))), None)
+        if full is None:
+            raise
+        at = getattr(full, "filename2", None) or getattr(full, "filename", None) or place
+        with store.cannot_write(Path(at)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came of."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__

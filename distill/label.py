@@ -1,7 +1,8 @@
 """Answers of a teacher as labels: batches in a subprocess, each answer on disk as it comes, continued where an interruption left it.
 
 Answers are kept in a *journal*, `runs/labels/<key>.jsonl`. Its key hashes what decides an answer besides the question (the teacher's
-files, bits, mode, limits, sampling), so that the same request never asks twice and another one never takes its answers.
+files, bits, mode, limits, sampling, the lab's code that asks), so that the same request never asks twice and another one never takes its
+answers.
 """
 
 import shutil
@@ -9,12 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import asking, models, store
+from . import asking, models, stages, store
 from .answers import answer_all, ask
 from .config import is_hub_name, model_name
 from .console import say
 from .endpoint import Endpoint, generation
 from .errors import ConfigError, DataError, shortened
+from .machine import teacher_settings
 from .prompt import MODES, chat_format, format_prompt, is_trace, is_unicode, row_id, tokenizer_hash
 
 CUT_OFF, EMPTY = "an answer cut off at max_new_tokens", "an empty answer"
@@ -25,14 +27,21 @@ NO_TRACE = "an answer that is not <think>…</think> and a solution"
 class Labeled:
     """What labelling gave.
 
-    rows     the rows with the teacher's answers as "output" and its name as "teacher", in their order
-    dropped  reason → rows
-    reused   answers that an earlier run had given already
+    rows        the rows with the teacher's answers as "output" and its name as "teacher", in their order
+    dropped     reason → rows
+    reused      answers that an earlier run had given already
+    unanswered  rows, among the dropped, that a teacher behind an API gave no answer to: asked once more, they may get one
     """
 
     rows: list[dict]
     dropped: dict
     reused: int
+    unanswered: int = 0
+
+    @property
+    def incomplete(self) -> str:
+        """Why the labelling is not to be taken for finished; empty where it is."""
+        return f"{self.unanswered:,} rows had no answer" if self.unanswered else ""
 
 
 def label_with_teacher(
@@ -80,19 +89,20 @@ def rows_of(items: list) -> list[dict]:
 class _Named:
     """A teacher by name: its files say who it is, a subprocess loads it."""
 
-    def __init__(self, name: str, bits: int) -> None:
-        self.path, self.bits = model_name(name), bits
+    def __init__(self, name: str, bits: int | None) -> None:
+        self.path = model_name(name)
         chat_format(models.check_model(self.path, "teacher"), "system1")
+        self.held = teacher_settings(self.path, bits)
 
     @property
     def name(self) -> str:
         return self.path if is_hub_name(self.path) else store.shown(self.path)
 
     def identity(self) -> list:
-        return [models.fingerprint(self.path), self.bits]
+        return [models.fingerprint(self.path), self.held["bits"]]
 
     def answer(self, request: dict) -> None:
-        teacher = {"name": "teacher", "role": "teacher", "path": self.path, "bits": self.bits}
+        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **self.held}
         folder = Path(request["journal"]).with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; the journal's lock says that it is ours
         ask([{**teacher, **request}], folder, "Labelling")
@@ -114,7 +124,7 @@ class _Loaded:
 
         def finished(answers: dict) -> None:
             for number, answer in answers.items():
-                store.append_json_line(request["journal"], {"id": names[number], **vars(answer)})
+                store.add_to_journal(request["journal"], {"id": names[number], **vars(answer)})
 
         answer_all(self.model, self.tokenizer, request, finished)
 
@@ -137,8 +147,11 @@ class _Behind:
         asking.ask(self.endpoint, task, rows, Path(request["journal"]), "Labelling")
 
 
-def teacher_of(model, tokenizer=None, bits: int = 8):
-    """A teacher to label with, checked: a name or folder, loaded in `bits` in a subprocess; a loaded model with its tokenizer; Endpoint."""
+def teacher_of(model, tokenizer=None, bits: int | None = None):
+    """A teacher to label with, checked: a name or folder, loaded in a subprocess; a loaded model with its tokenizer; Endpoint.
+
+    bits  of a weight of the one that is loaded by its name; None takes 8, or 4 where 8 do not fit
+    """
     if isinstance(model, Endpoint):
         return _Behind(model)
     if isinstance(model, str | Path):
@@ -158,19 +171,24 @@ def label_rows(
     top_p: float = 1.0,
     batch_size: int | None = None,
     seed: int = 0,
+    fresh: bool = False,
 ) -> Labeled:
-    """`label_with_teacher` by a `teacher_of`; says what was dropped, and what an earlier run had answered already."""
+    """`label_with_teacher` by a `teacher_of`; says what was dropped, and what an earlier run had answered already.
+
+    fresh  ask every row anew
+    """
     limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size, "seed": seed}
     behind = teacher.endpoint if isinstance(teacher, _Behind) else None
     _check(mode, limits, behind)
     decisive = {"max_new_tokens": max_new_tokens} | (
         {"temperature": temperature, "top_p": float(top_p), "seed": seed} if temperature else {}
     )
-    journal = store.ROOT / "runs" / "labels" / f"{store.hash_json([teacher.identity(), mode, decisive])[:24]}.jsonl"
-    journal.parent.mkdir(parents=True, exist_ok=True)
+    own = stages.code(*stages.LABELLING)
+    journal = store.ROOT / "runs" / "labels" / f"{store.hash_json([teacher.identity(), mode, decisive, own])[:24]}.jsonl"
+    store.make_folder(journal.parent)
     asked = {_key(row): row for row in rows}
     with store.lock(journal):
-        known = {entry["id"] for entry in store.read_journal(journal)}
+        known = set() if fresh else {entry["id"] for entry in store.read_journal(journal)}
         waiting = [_question(key, row, mode) for key, row in asked.items() if key not in known]
         if waiting:
             sampling = {key: value for key, value in limits.items() if key != "max_new_tokens" and value is not None}
@@ -196,15 +214,16 @@ def _question(key: str, row: dict, mode: str) -> dict:
 
 def _kept(rows: list[dict], answers: dict, teacher: str, reused: int, behind: Endpoint | None = None, traces: bool = False) -> Labeled:
     """Rows with their answers; `behind` may have left one without, `traces` wants each to reason between tags first."""
-    kept, dropped = [], Counter()
+    kept, dropped, unanswered = [], Counter(), 0
     for row in rows:
         answer = answers.get(_key(row)) if behind else answers[_key(row)]
+        unanswered += answer is None
         reason = asking.no_answer(behind) if answer is None else _why_dropped(answer, traces)
         if reason:
             dropped[reason] += 1
         else:
             kept.append({**row, "output": answer["text"].strip(), "teacher": teacher})
-    return Labeled(kept, dict(dropped), reused)
+    return Labeled(kept, dict(dropped), reused, unanswered)
 
 
 def _why_dropped(answer: dict, traces: bool) -> str | None:
@@ -234,11 +253,11 @@ def _check(mode: str, limits: dict, behind: Endpoint | None) -> None:
         raise ConfigError.from_problems("the labelling", problems)
 
 
-def label_file(source: str | Path, teacher: str | Endpoint, out: str | Path, *, bits: int = 8, **settings) -> Labeled:
+def label_file(source: str | Path, teacher: str | Endpoint, out: str | Path, *, bits: int | None = None, **settings) -> Labeled:
     """Label a file of rows, and its validation rows where there are some; write `out` and its validation file whole.
 
     source    JSON list or JSON lines of rows {"instruction"}; an "output" that stands there is replaced
-    teacher   its name or folder; bits: those it is loaded in; or an Endpoint
+    teacher   its name or folder; bits: those it is loaded in, None for 8, or 4 where 8 do not fit; or an Endpoint
     settings  those of `label_rows`
     Raises DataError where no row gets a label; then nothing is written.
     """
@@ -251,11 +270,12 @@ def label_file(source: str | Path, teacher: str | Endpoint, out: str | Path, *, 
         return _label_file({source: out} | ({split: out_split} if store.is_file(split) else {}), teacher, bits, settings)
 
 
-def _label_file(places: dict[Path, Path], teacher: str | Endpoint, bits: int, settings: dict) -> Labeled:
+def _label_file(places: dict[Path, Path], teacher: str | Endpoint, bits: int | None, settings: dict) -> Labeled:
     """Label the files of `places`, each to its own; the first is the training file."""
     source, out = next(iter(places.items()))
     rows = {place: rows_of(list(store.read_rows(place))) for place in places}
-    labeled = label_rows([row for part in rows.values() for row in part], teacher_of(teacher, bits=bits), **settings)
+    asked = teacher_of(teacher, bits=bits)
+    labeled = label_rows([row for part in rows.values() for row in part], asked, **settings)
     given = {_key(row): {name: row[name] for name in ("output", "teacher")} for row in labeled.rows}
     parts = {place: [{**row, **given[_key(row)]} for row in part if _key(row) in given] for place, part in rows.items()}
     if not parts[source]:
@@ -264,8 +284,10 @@ def _label_file(places: dict[Path, Path], teacher: str | Endpoint, bits: int, se
         store.remove_file(store.validation_path(out))  # of an earlier labelling, with questions that may be among these
     for place in reversed(places):  # the companion first, the manifest that binds them last
         store.write_rows(places[place], parts[place])
-    who = {"teacher": teacher.name, "base_url": teacher.base_url} if isinstance(teacher, Endpoint) else {"teacher": teacher, "bits": bits}
-    facts = {**who, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **settings}
+    behind = isinstance(teacher, Endpoint)
+    who = {"teacher": teacher.name, "base_url": teacher.base_url} if behind else {"teacher": teacher, "bits": asked.held["bits"]}
+    said = {name: value for name, value in settings.items() if name != "fresh"}
+    facts = {**who, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **said}
     store.write_manifest(out, facts, files=list(places.values()))
     say(f"  {store.shown(out)}")
     return labeled

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import checkpoint, config, easydistill, engine, environment, faults, models, process, store, train, trainer, workplace
+from . import checkpoint, config, easydistill, engine, faults, machine, models, process, store, train, trainer, workplace
 from .console import say
 from .easydistill import Installation
 from .errors import BackendError, ConfigError, DistillError
@@ -23,6 +23,10 @@ from .models import RUN_RECORD
 SILENCE_SECONDS = 1800
 BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and AdamW's two moments
 ADOPTED = "adopt.json"
+STARTS_OVER = (
+    " Run again, it starts over: EasyDistill 1.x can neither go on where a training stood nor take fewer rows at a time when memory runs "
+    "out. The built-in engine does both: backend = 'builtin'."
+)
 
 
 # What EasyDistill cannot do
@@ -34,7 +38,7 @@ def refusals(job: dict, installation: Installation) -> list[str]:
     Downloads a student that is on the hub, which any backend needs. Raises ConfigError for a student that no backend can train.
     """
     models.check_student(job["models"]["student"])
-    student, gpu = models.local_folder(job["models"]["student"]), _gpu()
+    student, gpu = models.local_folder(job["models"]["student"]), machine.gpu()
     problems = settings_refusals(job)
     try:
         trainer.precision_on(models.capability_of(gpu), job["training"])
@@ -50,6 +54,8 @@ def settings_refusals(job: dict) -> list[str]:
         for key, value in job.get("lab", {}).items()
         if value != config.LAB_DEFAULTS[key] and key != "sample_answers"
     ]
+    if job["training"].get("optim") in config.LAB_OPTIMIZERS:
+        problems.append(f"training.optim = {job['training']['optim']!r}: EasyDistill's environment has no bitsandbytes.")
     if job["training"].get("group_by_length"):
         problems.append("training.group_by_length = true: EasyDistill's own grouping, by transformers, trains far worse. Set it to false.")
     return problems
@@ -79,7 +85,7 @@ def _model_types(installation: Installation) -> set[str]:
 
 def _memory_problems(student: Path, gpu: dict | None) -> list[str]:
     needed = parameters_in(student) * BYTES_PER_PARAMETER / 2**30
-    free, where = (gpu["free_gib"], f"the GPU ({gpu['name']})") if gpu else (free_ram_gib(), "this machine")
+    free, where = (gpu["free_gib"], f"the GPU ({gpu['name']})") if gpu else (machine.free_ram_gib(), "this machine")
     if free is None or needed <= free:
         return []
     return [
@@ -97,29 +103,6 @@ def parameters_in(student: Path) -> int:
         with safe_open(file, "np") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total
-
-
-def free_ram_gib() -> float | None:
-    """Memory that is free for a new process: the machine's, or what its container has left; None where unknown."""
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.is_file():
-        return None
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    limit, used = ((group / name).read_text().strip() if (group / name).is_file() else "" for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit():
-        free = min(free, int(limit) - int(used) + _reclaimable(group / "memory.stat"))
-    return free / 2**30
-
-
-def _reclaimable(stat: Path) -> int:
-    """Bytes of files' contents that a container keeps in memory and gives up when it needs the room."""
-    lines = stat.read_text().splitlines() if stat.is_file() else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-
-
-def _gpu() -> dict | None:
-    """The GPU that the engine's torch sees, as `environment.probe` tells."""
-    return environment.probe(environment.engine_python()[0])["gpu"]
 
 
 # Launching
@@ -160,7 +143,7 @@ def _launch(job: dict, run_folder: Path, installation: Installation, limit_secon
     tokens.
     """
     rows = sum(1 for _ in trainer.supervised_rows(job["dataset"]["labeled_path"]))  # on others EasyDistill trains all the same
-    gpu, out = _gpu(), run_folder / "easydistill" / "out"
+    gpu, out = machine.gpu(), run_folder / "easydistill" / "out"
     precision, processes = trainer.precision_on(models.capability_of(gpu), job["training"]), workplace.processes_for(bool(gpu))
     training, log = workplace.training_for(job, precision[0], bool(gpu)), run_folder / "train.log"
     chosen = {name: {"value": value, "reason": why} for name, (value, why) in (("precision", precision), ("processes", processes))}
@@ -182,7 +165,8 @@ def _free_bytes(folder: Path) -> int:
 def _failure(log: Path, facts: faults.Facts) -> BackendError:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     fault = faults.diagnose(text, facts)
-    message = f"EasyDistill's training failed. It looks like this: {fault.name}. {fault.advice} The end of {store.shown(log)}:"
+    message = f"EasyDistill's training failed. It looks like this: {fault.name}. {fault.advice}{'' if facts.trained else STARTS_OVER}"
+    message += f" The end of {store.shown(log)}:"
     return BackendError("\n".join([message, *process.tail(log, skip=engine.EVENT)]))
 
 
@@ -291,7 +275,7 @@ def _load_trained(out: Path, student):
 
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            out, config=student.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            out, config=student.config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackendError(f"The checkpoint does not load: {error}") from error

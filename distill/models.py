@@ -4,17 +4,27 @@ A model plays one of two roles: a student is loaded in fp32, to be trained; a te
 """
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from . import prompt, store
 from .config import is_hub_name, model_name
+from .console import say
 from .errors import ConfigError, shortened
 
 EXAMPLES = {"student": "Qwen/Qwen2.5-0.5B-Instruct", "teacher": "Qwen/Qwen2.5-7B-Instruct"}
 BITS = (4, 8, 16, 32)
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")  # no code, no pickles
+PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth", "*.ckpt")
+ADAPTER = "adapter_config.json"  # beside a model, transformers would add what it names to the weights, from a pickle too
+ADAPTER_ALONE = f"it holds an adapter ({ADAPTER}). Merge it into its base (peft's merge_and_unload), and give the merged model's folder."
 RUN_RECORD = "distill_run.json"  # the seal of a checkpoint of the lab
 BF16_CAPABILITY = (8, 0)  # what computes bf16 itself; torch.cuda.is_bf16_supported says yes to a T4 too, which imitates it slowly
+FLASH_CAPABILITY = (8, 0)  # what torch has flash attention for
+BUSY = (429, 503)  # the hub's HTTP status
+BUSY_PAUSES_SECONDS = (1, 2, 4, 8)
+LONGEST_PAUSE_SECONDS = 60  # that a busy hub may ask for
 
 
 def check_student(name: str):
@@ -32,10 +42,8 @@ def check_model(name: str, role: str):
         missing = missing_in_folder(Path(name))
         if missing:
             raise _invalid(name, role, missing)
-    elif not _is_cached(name):
-        info = hub_info("model", name, role)
-        if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
-            raise _invalid(name, role, "it has no safetensors weights.")
+    elif missing := _missing_on_hub(name, role):
+        raise _invalid(name, role, missing)
     return load_tokenizer(name, role)
 
 
@@ -43,14 +51,39 @@ def missing_in_folder(folder: Path) -> str | None:
     """What a model folder lacks, in words; None where it is complete."""
     if not store.is_dir(folder):
         return "there is no such folder, and it is no name on the hub."
+    if store.is_file(folder / ADAPTER):
+        return ADAPTER_ALONE
     if not store.is_file(folder / "config.json"):
         return "the folder holds no config.json."
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        return "the folder holds no weights (model.safetensors)."
+        return _no_weights(folder)
     if not any(store.is_file(folder / file) for file in ("tokenizer.json", "tokenizer_config.json")):
         return "the folder holds no tokenizer."
     return next((f"{file.name} holds no readable weights." for file in weights if not _is_safetensors(file)), None)
+
+
+def _missing_on_hub(name: str, role: str) -> str | None:
+    """What a model on the hub lacks, in words; None where it is complete. The hub is not asked about one whose weights are here."""
+    if _is_cached(name, ADAPTER):
+        return ADAPTER_ALONE
+    if _is_cached(name, "model.safetensors", "model.safetensors.index.json"):
+        return None
+    files = [file.rfilename for file in hub_info("model", name, role).siblings or []]
+    if ADAPTER in files:
+        return ADAPTER_ALONE
+    return None if any(file.endswith(".safetensors") for file in files) else "it has no safetensors weights."
+
+
+def _no_weights(folder: Path) -> str:
+    """What a model folder without safetensors has in their place, in words."""
+    pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)})
+    if not pickles:
+        return "the folder holds no weights (model.safetensors)."
+    return (
+        f"the folder holds only a pickle ({pickles[0]}), which can run code when it is opened, so the lab never does. "
+        "Take a copy in safetensors; or, where you trust it, open it elsewhere and save_pretrained the model."
+    )
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -64,11 +97,11 @@ def _is_safetensors(file: Path) -> bool:
         return False
 
 
-def _is_cached(name: str) -> bool:
+def _is_cached(name: str, *files: str) -> bool:
+    """Whether the hub's cache has one of a model's files."""
     from huggingface_hub import try_to_load_from_cache
 
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def _invalid(name: str, role: str, why: str) -> ConfigError:
@@ -80,13 +113,13 @@ def hub_info(kind: str, name: str, role: str = "student"):
 
     kind  "model" or "dataset"
     role  what a model is wanted as, for the message
-    Raises ConfigError: not there, closed to this user, or the hub cannot be reached.
+    A busy hub is asked again, with pauses. Raises ConfigError: not there, closed to this user, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return HfApi().repo_info(name, repo_type=kind, timeout=20)
+        return _while_busy(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=20))
     except GatedRepoError as error:
         raise ConfigError(f"{name} is gated: accept its terms on its hub page, then set HF_TOKEN.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -94,6 +127,23 @@ def hub_info(kind: str, name: str, role: str = "student"):
         raise (_invalid(name, role, why) if kind == "model" else ConfigError(f"No dataset {name}: {why}")) from error
     except Exception as error:
         raise cannot_reach_hub(name, error) from error
+
+
+def _while_busy(name: str, ask: Callable):
+    """What `ask` gets from the hub, asked again while that is busy; by itself huggingface_hub does so for files alone."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for pause_seconds in BUSY_PAUSES_SECONDS:
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            status, wanted = error.response.status_code, error.response.headers.get("Retry-After", "")
+            if status not in BUSY:
+                raise
+        pause_seconds = min(int(wanted), LONGEST_PAUSE_SECONDS) if wanted.isdecimal() else pause_seconds
+        say(f"The hub is busy ({status}): it is asked for {name} again in {pause_seconds} s")
+        time.sleep(pause_seconds)
+    return ask()
 
 
 def cannot_reach_hub(name: str, error: Exception) -> ConfigError:
@@ -113,7 +163,19 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     except Exception as error:  # of huggingface_hub, of its client, of the disk
-        raise cannot_reach_hub(name, error) from error
+        raise (_cannot_keep(name, error) or cannot_reach_hub(name, error)) from error
+
+
+def _cannot_keep(name: str, error: Exception) -> ConfigError | None:
+    """The message for a download that the disk does not take; None where the error is another."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not (fault := store.disk_error(error)):
+        return None
+    return ConfigError(
+        f"The disk of the hub's cache fails for {name}: {fault.strerror} ({store.shown(HF_HUB_CACHE)}). "
+        "Set HF_HOME to a folder on another disk, or free some space."
+    )
 
 
 def load_tokenizer(name: str, role: str = "student"):
@@ -121,7 +183,7 @@ def load_tokenizer(name: str, role: str = "student"):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unsaid, transformers asks on standard input
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
         raise _cannot_load(name, role, error) from error
     if tokenizer.pad_token_id is None:
@@ -147,6 +209,27 @@ def load_to_train(path: str, attention: str | None = None) -> tuple:
 
     tokenizer = load_tokenizer(path)
     return _load(path, "student", dtype=torch.float32, attn_implementation=attention), tokenizer
+
+
+def load_quantized(path: str, precision: str, attention: str | None = None) -> tuple:
+    """A student and its tokenizer for QLoRA (arXiv:2305.14314): linear layers frozen in NF4, all else in fp32, where training takes place.
+
+    precision  what the linear layers compute in: "fp32", "bf16" or "fp16"
+    Returns and raises as `load_to_train` does.
+    """
+    import torch
+
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    place = {"device_map": {"": device()[0]}, "quantization_config": _quantization(4, compute)}
+    model, tokenizer = _load(path, "student", dtype=torch.float32, attn_implementation=attention, **place), load_tokenizer(path)
+    for module in model.modules():
+        # an answer would lay the weights out anew for a CPU's bf16 units, and training could not go on: that layout has no backward pass
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32 and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()  # the file's own pages: they would keep the whole file in memory
+    return model, tokenizer
 
 
 def load_teacher(name: str, *, bits: int = 8) -> tuple:
@@ -196,14 +279,34 @@ def _is_no_cast_warning(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.getMessage()
 
 
+def repeat_keys() -> None:
+    """Have transformers repeat keys and values for each head before torch's attention, in this process.
+
+    On a GPU that has no flash attention, torch's other fused one cannot share keys among heads: asked to, as transformers does, it
+    falls back to holding all scores (huggingface/transformers#48633).
+    """
+    from types import SimpleNamespace
+
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    def repeated(module, query, key, value, attention_mask, **more):
+        ungrouped, groups = SimpleNamespace(is_causal=module.is_causal), module.num_key_value_groups
+        return sdpa_attention_forward(ungrouped, query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, **more)
+
+    AttentionInterface.register("sdpa", repeated)
+
+
 def _load(name: str, role: str, **settings):
     """A model's weights, from safetensors alone; never runs code from the model's repository."""
+    if not is_hub_name(name) and (missing := missing_in_folder(Path(name))):
+        raise _invalid(name, role, missing)
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **settings)
+        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **settings)
     except OutOfMemoryError:
         raise  # a RuntimeError too, and no fault of the files
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
@@ -237,9 +340,14 @@ def probe(model) -> str:
 
 
 def _cannot_load(name: str, role: str, error: Exception) -> ConfigError:
-    """The message for a model that did not load: the hub's silence blames nobody, anything else names the model."""
-    silent = is_network_error(error) and is_hub_name(name)
-    return cannot_reach_hub(name, error) if silent else _invalid(name, role, f"{shortened(error)}.")
+    """The message for a model that did not load: a full disk and the hub's silence blame nobody, anything else names the model."""
+    if is_hub_name(name) and (full := _cannot_keep(name, error)):
+        return full
+    if is_network_error(error) and is_hub_name(name):
+        return cannot_reach_hub(name, error)
+    if "trust_remote_code" in str(error):  # transformers advises to set it
+        return _invalid(name, role, "it brings code of its own (auto_map), which the lab never runs. Take one that transformers knows.")
+    return _invalid(name, role, f"{shortened(error)}.")
 
 
 def is_network_error(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from . import answers, environment, generation, models, prompt, store
+from . import answers, environment, generation, models, persist, prompt, store
 from .choice import Choice, Wanted, choose
 from .compare import reasoning
 from .compare_page import visible
@@ -46,14 +46,19 @@ class Machine:
     versions: dict
 
 
-def setup_lab() -> Machine:
+def setup_lab(persist_to: str | Path = "") -> Machine:
     """Take HF_TOKEN, make the engine's environment where one is needed, fetch EasyDistill 1.x, and say what this machine is.
 
+    persist_to  a folder on a drive that outlives this machine: what an earlier session left there comes back, and what this one makes is
+                copied there in the background (`persist.persist_to`); empty: nothing is
     Where EasyDistill cannot be fetched, that is said, and the built-in engine trains in its place.
-    Raises BackendError where the engine's environment cannot be made.
+    Raises BackendError where the engine's environment cannot be made, ConfigError for a folder that cannot be copied to.
     """
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's wish for ipywidgets, which the lab's own bars do without
     say(_take_token())
+    if persist_to:
+        persist.mount_drive(persist_to)
+        persist.persist_to(persist_to)
     found = environment.probe(environment.setup_engine())
     setup_easydistill(1)
     machine = Machine(found["gpu"], hub_answers(), found["versions"])

@@ -1,23 +1,29 @@
-"""The workflow: check → plan → job → run → verify. Each step is a line here and a module elsewhere."""
+"""The workflow: check → plan → job → run → verify. Each step is a line here and a module elsewhere.
+
+A run's folder, `runs/<system>-<key>`, is known by what decides the run: the same settings, rows and student come back to it, go on where an
+earlier run stood and do nothing that is finished; others get a folder of their own, and the old one stays.
+"""
 
 import json
-import os
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import checkpoint, data, easydistill, launch, models, store, train
-from .config import BACKENDS, Settings, backend_problem, build_job, read_job, resolve
+from . import checkpoint, data, easydistill, launch, models, preflight, shapes, stages, store, train
+from .config import BACKENDS, RUN, Settings, backend_problem, build_job, read_job, resolve
 from .console import say, table
-from .errors import ConfigError, DataError
+from .errors import BackendError, ConfigError, DataError
+from .machine import this_machine
+from .models import RUN_RECORD
+from .train import TrainResult
 
 
 def distill_system1(config: Mapping | None = None) -> str:
     """Distil the System-1 student: check everything, tokenize, train in a subprocess, verify, publish.
 
     config  a dict of settings over the preset `system1` (README, "Settings"), e.g. {"student_model": …, "labeled_path": …}
+    A run that was cut short is continued, and one that is finished is not done again, unless "fresh" is True.
     Returns the checkpoint's path. Raises ConfigError, DataError or BackendError; then `out_dir` is as it was.
     """
     return _distill("system1", config)
@@ -28,7 +34,7 @@ def write_system1_config(config: Mapping | None = None) -> str:
 
     Nothing is written unless every setting, the student, the data and the places to write to are good.
     """
-    return _write_job("system1", resolve(config, preset="system1"))
+    return _write_job("system1", config)
 
 
 def distill_system2(config: Mapping | None = None) -> str:
@@ -42,41 +48,92 @@ def distill_system2(config: Mapping | None = None) -> str:
 
 def write_system2_config(config: Mapping | None = None) -> str:
     """`write_system1_config` for System 2: the question ends with the sentence that asks for reasoning; trace and solution are learnt."""
-    return _write_job("system2", resolve(config, preset="system2"))
+    return _write_job("system2", config)
 
 
 def _distill(system: str, user: Mapping | None) -> str:
     settings = resolve(user, preset=system)
     values = settings.values
     chosen = choose_backend(build_job(settings, Path(values["labeled_path"])), values["backend"])  # refuses before anything is written
-    return _run(read_job(_write_job(system, settings)), *chosen, values.get("time_limit_minutes")).checkpoint
+    with store.lock(values["out_dir"]):
+        job = read_job(_write_job_alone(system, settings))
+        return _run(job, _still(chosen, job), **{name: values[name] for name in RUN if name in values}).checkpoint
 
 
-def run_easy_distill(config_path: str | Path, *, backend: str = "auto", time_limit_minutes: float | None = None) -> train.TrainResult:
-    """Run a job file to a verified checkpoint.
+def run_easy_distill(
+    config_path: str | Path, *, backend: str = "auto", time_limit_minutes: float | None = None, fresh: bool = False
+) -> TrainResult:
+    """Run a job file to a verified checkpoint; one that is finished already is not trained again, one that was cut short goes on.
 
     backend             "auto", "easydistill" or "builtin"
     time_limit_minutes  wall-clock time after which the training is ended; None: none
+    fresh               train anew, whatever an earlier run left
     Raises ConfigError for a job that cannot work, BackendError with the end of the log for a run that failed.
     """
     job = read_job(config_path)
-    return _run(job, *choose_backend(job, backend), time_limit_minutes)
+    chosen = choose_backend(job, backend)
+    with store.lock(job["training"]["output_dir"]):
+        return _run(job, chosen, time_limit_minutes=time_limit_minutes, fresh=fresh)
 
 
-def _run(job: dict, installation: easydistill.Installation | None, reason: str, time_limit_minutes: float | None) -> train.TrainResult:
+def _run(job: dict, chosen: tuple, *, time_limit_minutes: float | None = None, fresh: bool = False, fall_back: bool = False) -> TrainResult:
+    """Train a job with the backend of `choose_backend`; the lock of its `out_dir` is held.
+
+    fall_back  where EasyDistill fails, let the built-in engine train
+    """
+    installation, reason = chosen
     checkpoint.check_out_dir(job["training"]["output_dir"])
     _check_tokens(job, models.check_student(job["models"]["student"]))
-    say(f"backend: {'easydistill' if installation else 'builtin'} ({reason})")
-    run_folder = _run_folder_of(job)
-    say(f"log: {store.shown(run_folder / 'train.log')}")
-    # the run's own copy: the job file may be written anew while this one trains
-    own_copy, limit_seconds = store.write_json(run_folder / "job.json", job), time_limit_minutes and 60 * time_limit_minutes
+    run_folder, limit_seconds = _run_folder_of(job), time_limit_minutes and 60 * time_limit_minutes
+    if fresh:
+        shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
+    try:
+        return _train(job, run_folder, installation, reason, limit_seconds, fresh)
+    except BackendError as error:
+        if not (installation and fall_back):
+            raise
+        why = f"EasyDistill failed, and fall_back is set: {str(error).splitlines()[0]}"
+    plan = run_folder / "plan.json"
+    store.write_json(plan, {**(store.read_json(plan) if store.is_file(plan) else {}), "fell_back": why})  # distill_run.json says it too
+    return _train(job, run_folder, None, why, limit_seconds, fresh)
+
+
+def _train(
+    job: dict, run_folder: Path, installation: easydistill.Installation | None, reason: str, limit_seconds: float | None, fresh: bool
+) -> TrainResult:
+    """Train with one backend, unless that is done."""
+    backend, out_dir, log = "easydistill" if installation else "builtin", Path(job["training"]["output_dir"]), run_folder / "train.log"
+    say(f"backend: {backend} ({reason})")
+    if not fresh and (record := train.finished(job, backend)):
+        say(f"training of {out_dir.name}: done before, nothing has changed ({store.shown(out_dir)})")
+        return TrainResult(str(out_dir), backend, reason, 0.0, record["metrics"], str(log), reused=True)
+    if why := "that is asked for" if fresh else _why_anew(job, out_dir):
+        say(f"training of {out_dir.name}: made anew, since {why}")
+    if installation and log.is_file():
+        say("EasyDistill 1.x cannot go on where an earlier run stood: it starts over")
+    say(f"log: {store.shown(log)}")
+    own_copy = store.write_json(run_folder / "job.json", job)  # the job file may be written anew while this one trains
     if installation:
         result = launch.run(own_copy, run_folder, reason, installation, limit_seconds)
     else:
         result = train.run(own_copy, run_folder, reason, limit_seconds)
     say(f"trained {result.metrics['steps']:,} steps in {result.seconds:.0f} s; checkpoint: {store.shown(result.checkpoint)}")
     return result
+
+
+def _why_anew(job: dict, out_dir: Path) -> str:
+    """How a job differs from the one whose checkpoint stands at its `out_dir`, in words; empty where none stands there."""
+    try:
+        made = store.read_manifest(out_dir, name=RUN_RECORD) if store.is_dir(out_dir) else None
+    except DataError:
+        return "what stands there is damaged"
+    if not made:
+        return ""
+    decides = [checkpoint.decisive_settings(one) for one in (made["job"], job)]
+    differences = stages.changes(*[{**one["training"], **one["lab"]} for one in decides])
+    if made["tokens_sha256"] != store.hash_file(Path(job["dataset"]["labeled_path"])):
+        differences.append("the rows changed")
+    return " and ".join(differences) or "the student, the backend, the engine's code or the validation rows changed"
 
 
 def choose_backend(job: dict, asked: str) -> tuple[easydistill.Installation | None, str]:
@@ -99,27 +156,85 @@ def choose_backend(job: dict, asked: str) -> tuple[easydistill.Installation | No
     return (None, refused_because(refused)) if refused else (found, reason)
 
 
+def _still(chosen: tuple, job: dict) -> tuple:
+    """A backend that was chosen before the settings were fitted to the machine, if it can do the job as it is now."""
+    refused = launch.settings_refusals(job) if chosen[0] else []
+    return (None, refused_because(refused)) if refused else chosen
+
+
 def refused_because(refused: list[str]) -> str:
     """Why the built-in engine takes a job although EasyDistill is there."""
     return f"EasyDistill 1.x cannot do this job: {' '.join(refused)}"
 
 
-def _write_job(system: str, settings: Settings) -> str:
-    """Check → show → tokenize → write the job, or raise and leave nothing."""
+def _write_job(system: str, user: Mapping | None) -> str:
+    settings = resolve(user, preset=system)
+    with store.lock(settings.values["out_dir"]):
+        return _write_job_alone(system, settings)
+
+
+def _write_job_alone(system: str, settings: Settings) -> str:
+    """Check → show → tokenize → write the job, or raise and leave nothing. The lock of `out_dir` is held."""
     values = settings.values
     checkpoint.check_out_dir(values["out_dir"])
     store.check_writable(values["config_path"])
     tokenizer = models.check_student(values["student_model"])
-    with store.lock(values["labeled_path"]), _new_run_folder(system) as run_folder:
+    with store.lock(values["labeled_path"]):
         data.check_labeled(values["labeled_path"], system)
-        tokens = run_folder / "train_tokenized.json"
-        counts = _tokenize(system, values, tokenizer, tokens)
-        show_settings(settings)
-        plan = {"mode": system, "settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
-        store.write_json(run_folder / "plan.json", plan)
-        job_path = store.write_json(values["config_path"], build_job(settings, tokens))
+        with _made(_run_folder(system, settings), values.get("fresh", False)) as run_folder:
+            tokens = run_folder / "train_tokenized.json"
+            counts = _tokenize(system, values, tokenizer, tokens)
+            settings, fit = _fitted(settings, counts["train"]["longest"], run_folder / "plan.json")
+            show_settings(settings)
+            plan = {"mode": system, "settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
+            store.write_json(run_folder / "plan.json", {**plan, "preflight": fit})
+            job_path = store.write_json(values["config_path"], build_job(settings, tokens))
     say(f"job: {store.shown(job_path)}   run: {store.shown(run_folder)}")
     return str(job_path)
+
+
+def _fitted(settings: Settings, longest_tokens: int, plan: Path) -> tuple[Settings, dict]:
+    """Settings that fit this machine; and what was chosen, shown: name → {"value", "reason"}.
+
+    plan  of the run's earlier session, where there was one: what that changed is tried first, so that its training can go on
+    """
+    try:
+        shape, _ = shapes.find_shape(settings.values["student_model"])
+    except ConfigError as error:
+        say(f"note: {error} So its memory is not checked.")
+        return settings, {}
+    before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
+    before = {name: setting["value"] for name, setting in before.items() if setting["origin"] == preflight.ORIGIN}
+    fit = preflight.choose(settings, shape, longest_tokens, this_machine(), before=before)
+    table("What fits", ["choice", "value", "why"], [[name, str(value), reason] for name, (value, reason) in fit.chosen.items()])
+    return fit.settings, {name: {"value": value, "reason": reason} for name, (value, reason) in fit.chosen.items()}
+
+
+def _run_folder(system: str, settings: Settings) -> Path:
+    """The folder of the run that these settings, rows and this student make, wherever the student's files lie."""
+    values = settings.values
+    job, labeled = build_job(settings, Path(values["labeled_path"])), Path(values["labeled_path"])
+    rows = [store.hash_file(path) for path in (labeled, data.validation_path(labeled)) if path.is_file()]
+    student, own = models.fingerprint(values["student_model"]), stages.code(*stages.TOKENIZING)
+    key = store.hash_json([checkpoint.decisive_settings(job), store.shown(values["out_dir"]), rows, student, own])
+    return store.ROOT / "runs" / f"{system}-{key[:12]}"
+
+
+@contextmanager
+def _made(folder: Path, fresh: bool):
+    """Yield a run's folder, made where it is not there, and emptied where `fresh`; one that was made is gone if the block raises."""
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    is_new = not folder.exists()
+    store.make_folder(folder)
+    try:
+        yield folder
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+        raise
 
 
 def _tokenize(system: str, values: dict, tokenizer, tokens: Path) -> dict:
@@ -157,23 +272,6 @@ def _shown(value) -> str:
 
 def _with_origins(settings: Settings) -> dict:
     return {name: {"value": value, "origin": settings.origins[name]} for name, value in settings.values.items()}
-
-
-@contextmanager
-def _new_run_folder(name: str):
-    """A new folder in `runs/`; gone again if the block raises."""
-    runs = store.ROOT / "runs"
-    folder = runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    while folder.exists():
-        folder = folder.with_name(folder.name + "x")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder)
-        if not any(runs.iterdir()):
-            runs.rmdir()
-        raise
 
 
 def _check_tokens(job: dict, tokenizer) -> None:

@@ -1,19 +1,22 @@
 """What both preparations share: settings checked, rows spooled on disk, validation split off by id, files written, the outcome shown."""
 
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import store
+from . import stages, store
 from .errors import ConfigError, DataError, shortened
-from .sources import Source
+from .sources import Source, contents
 from .store import validation_path
 
 NO_DATA = {"system1": "No data for System 1 distillation", "system2": "No data for System 2 distillation"}
 DUPLICATE = "the same question as an earlier row"
+SHOWN = ("read", "kept", "validation", "dropped", "teachers", "traces", "histograms", "advice")  # of a manifest, in Prepared
 TEACHERS_SHOWN = 8
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -134,8 +137,20 @@ def check_places(sources: list[Source], outputs: dict[str, Path]) -> None:
 
 def readable(mixed: Iterable[tuple[Source, dict]], system: str) -> Iterator[tuple[Source, dict]]:
     """The rows of a mixture; a source that cannot be read is `No data for …`."""
-    try:
+    with _no_data(system):
         yield from mixed
+
+
+def contents_of(sources: list[Source], system: str) -> dict:
+    """`sources.contents`; a source that cannot be read is `No data for …`."""
+    with _no_data(system):
+        return contents(sources)
+
+
+@contextmanager
+def _no_data(system: str) -> Iterator[None]:
+    try:
+        yield
     except DataError as error:
         raise DataError(f"{NO_DATA[system]}: {error}") from error
 
@@ -157,36 +172,46 @@ class Spool:
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("")
-        self._database.execute("CREATE TABLE rows (id TEXT PRIMARY KEY, json TEXT, kind TEXT, lot TEXT, validation INTEGER DEFAULT 0)")
-        self._database.execute("CREATE TABLE missed (change TEXT, id TEXT, PRIMARY KEY (change, id)) WITHOUT ROWID")
+        self._write("CREATE TABLE rows (id TEXT PRIMARY KEY, json TEXT, kind TEXT, lot TEXT, validation INTEGER DEFAULT 0)")
+        self._write("CREATE TABLE missed (change TEXT, id TEXT, PRIMARY KEY (change, id)) WITHOUT ROWID")
         self.count = 0
+
+    def _write(self, statement: str, values: tuple = ()) -> int:
+        """Change the database. Returns how many rows changed."""
+        with _cannot_spool():
+            return self._database.execute(statement, values).rowcount
+
+    def _read(self, query: str, values: tuple = ()) -> Iterator[tuple]:
+        with _cannot_spool():  # reading makes room in memory by writing what has changed
+            yield from self._database.execute(query, values)
 
     def add(self, row: dict, kind: str | None = None) -> bool:
         """Keep a row, of a kind that `trim` can ask for; False where its id is known already."""
         values = (row["id"], json.dumps(row, ensure_ascii=False), kind)
-        added = self._database.execute("INSERT OR IGNORE INTO rows (id, json, kind) VALUES (?, ?, ?)", values).rowcount == 1
+        added = self._write("INSERT OR IGNORE INTO rows (id, json, kind) VALUES (?, ?, ?)", values) == 1
         self.count += added
         return added
 
     def replace(self, row: dict) -> None:
         """Put a row in place of the one of its id."""
-        self._database.execute("UPDATE rows SET json = ? WHERE id = ?", (json.dumps(row, ensure_ascii=False), row["id"]))
+        self._write("UPDATE rows SET json = ? WHERE id = ?", (json.dumps(row, ensure_ascii=False), row["id"]))
 
     def remove(self, row_id: str) -> None:
         """Take a row out."""
-        self.count -= self._database.execute("DELETE FROM rows WHERE id = ?", (row_id,)).rowcount
+        self.count -= self._write("DELETE FROM rows WHERE id = ?", (row_id,))
 
     def has(self, row_id: str) -> bool:
         """Whether a row of this id is kept."""
-        return self._database.execute("SELECT 1 FROM rows WHERE id = ?", (row_id,)).fetchone() is not None
+        return next(self._read("SELECT 1 FROM rows WHERE id = ?", (row_id,)), None) is not None
 
     def miss(self, row_id: str, changes: Iterable[str]) -> None:
         """Remember which changes of settings, each alone, would have kept a question."""
-        self._database.executemany("INSERT OR IGNORE INTO missed VALUES (?, ?)", [(change, row_id) for change in changes])
+        for change in changes:
+            self._write("INSERT OR IGNORE INTO missed VALUES (?, ?)", (change, row_id))
 
     def missed(self) -> Counter:
         """Change → questions, each once, that it alone would bring on top of those kept."""
-        found = self._database.execute("SELECT change, COUNT(*) FROM missed WHERE id NOT IN (SELECT id FROM rows) GROUP BY change")
+        found = self._read("SELECT change, COUNT(*) FROM missed WHERE id NOT IN (SELECT id FROM rows) GROUP BY change")
         return Counter(dict(found))
 
     def trim(self, kind: str, size: int, seed: int, change: str) -> int:
@@ -194,8 +219,8 @@ class Spool:
         # the salt: drawn by the validation split's own lots, those that stay would all be validation rows
         self._draw_lots(seed, "trim")
         surplus = "SELECT id FROM rows WHERE kind = ? ORDER BY lot LIMIT -1 OFFSET ?"
-        self._database.execute(f"INSERT OR IGNORE INTO missed SELECT ?, id FROM ({surplus})", (change, kind, size))
-        removed = self._database.execute(f"DELETE FROM rows WHERE id IN ({surplus})", (kind, size)).rowcount
+        self._write(f"INSERT OR IGNORE INTO missed SELECT ?, id FROM ({surplus})", (change, kind, size))
+        removed = self._write(f"DELETE FROM rows WHERE id IN ({surplus})", (kind, size))
         self.count -= removed
         return removed
 
@@ -203,41 +228,63 @@ class Spool:
         """Mark the share of rows whose ids, hashed with the seed, come first; at least one, never all."""
         wanted = min(max(round(self.count * share), 1), self.count - 1) if share else 0
         self._draw_lots(seed)
-        self._database.execute("UPDATE rows SET validation = 1 WHERE id IN (SELECT id FROM rows ORDER BY lot LIMIT ?)", (wanted,))
+        self._write("UPDATE rows SET validation = 1 WHERE id IN (SELECT id FROM rows ORDER BY lot LIMIT ?)", (wanted,))
 
     def _draw_lots(self, *salt) -> None:
         self._database.create_function("draw", 1, lambda row_id: store.hash_json([*salt, row_id]), deterministic=True)
-        self._database.execute("UPDATE rows SET lot = draw(id)")
+        self._write("UPDATE rows SET lot = draw(id)")
 
     def count_by(self, key: str) -> Counter:
         """Value of a key → rows; rows without it are counted under None."""
-        return Counter(
-            dict(self._database.execute("SELECT json_extract(json, '$.' || ?) AS value, COUNT(*) FROM rows GROUP BY value", (key,)))
-        )
+        return Counter(dict(self._read("SELECT json_extract(json, '$.' || ?) AS value, COUNT(*) FROM rows GROUP BY value", (key,))))
 
     def teachers(self) -> dict:
         """Who wrote the labels → rows, the busiest first and the rest together; where a row names nobody, its source stands for them."""
         named = "COALESCE(json_extract(json, '$.teacher'), 'whoever wrote ' || json_extract(json, '$.source'))"
         query = f"SELECT {named} AS name, COUNT(*) AS rows FROM rows GROUP BY name ORDER BY rows DESC, name LIMIT ?"
-        counts = dict(self._database.execute(query, (TEACHERS_SHOWN,)))
+        counts = dict(self._read(query, (TEACHERS_SHOWN,)))
         rest = self.count - sum(counts.values())
         return counts | ({"others": rest} if rest else {})
 
     def rows(self, validation: bool) -> Iterator[dict]:
         """The training or the validation rows, in the order they came."""
-        for (text,) in self._database.execute("SELECT json FROM rows WHERE validation = ? ORDER BY rowid", (validation,)):
+        for (text,) in self._read("SELECT json FROM rows WHERE validation = ? ORDER BY rowid", (validation,)):
             yield json.loads(text)
 
     def close(self) -> None:
         self._database.close()
 
 
-# Writing
+@contextmanager
+def _cannot_spool() -> Iterator[None]:
+    """Within the block, what SQLite cannot write is a ConfigError that names its folder for temporary files."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        folder = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108, as SQLite chooses it
+        message = f"Cannot write {folder}, the folder for temporary files: {error}. Set TMPDIR to another folder or free some space."
+        raise ConfigError(message) from error
 
 
-def write_prepared(spool: Spool, facts: dict, labeled: Path, instructions: Path | None = None) -> Prepared:
+# Writing, and what stands written already
+
+
+def reuse(stage: stages.Stage, fresh: bool, labeled: Path, instructions: Path | None = None) -> Prepared | None:
+    """What the preparation gave that wrote these files before, where nothing has changed since; None where it is to be done."""
+    manifest = stages.reuse(stage, *[path for path in (labeled, instructions) if path], fresh=fresh)
+    return manifest and _prepared(manifest, labeled, instructions)
+
+
+def _prepared(facts: dict, labeled: Path, instructions: Path | None) -> Prepared:
+    shown = {name: facts[name] for name in SHOWN if name in facts}
+    split = str(validation_path(labeled)) if facts["validation"] else None
+    return Prepared(str(labeled), split, str(instructions) if instructions else None, **shown)
+
+
+def write_prepared(spool: Spool, made: dict, facts: dict, labeled: Path, instructions: Path | None = None) -> Prepared:
     """Write a preparation's files: the labelled one after its companions, the manifest that binds them last.
 
+    made   the record of the preparation (`Stage.record`)
     facts  what Prepared shows of how the rows came about ("read", "dropped", …), and what the manifest alone keeps
     """
     written = {}
@@ -250,13 +297,9 @@ def write_prepared(spool: Spool, facts: dict, labeled: Path, instructions: Path 
     for place in [place for place, count in written.items() if not count]:
         place.unlink()
         del written[place]
-    split, facts = validation_path(labeled), {**facts, "teachers": spool.teachers()}
-    store.write_manifest(labeled, facts, files=[place for place in written if place in (labeled, split)])
-    return Prepared(
-        path=str(labeled),
-        validation_path=str(split) if split in written else None,
-        instructions_path=str(instructions) if instructions else None,
-        kept=written[labeled],
-        validation=written.get(split, 0),
-        **{name: facts[name] for name in ("read", "dropped", "teachers", "traces", "histograms", "advice") if name in facts},
-    )
+    counts = {"kept": written[labeled], "validation": written.get(validation_path(labeled), 0)}
+    facts = {**facts, **counts, "teachers": spool.teachers(), "stage": made}
+    for path, known in ((instructions, {"stage": made}), (labeled, facts)):
+        if path:
+            store.write_manifest(path, known, files=[place for place in written if place in (path, validation_path(path))])
+    return _prepared(facts, labeled, instructions)

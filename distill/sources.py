@@ -1,6 +1,7 @@
 """Where rows come from: a hub dataset, a local JSON, JSON-lines or Parquet file or folder, or a weighted mixture of them.
 
-Rows are streamed, so memory does not grow with their number. `datasets` refuses slices of a stream, so a slice is a skip and a take here.
+Rows are streamed (`hub_rows` those of the hub), so memory does not grow with their number. `datasets` refuses slices of a stream, so a
+slice is a skip and a take here.
 """
 
 import random
@@ -11,9 +12,10 @@ from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
-from . import store
-from .errors import ConfigError, DataError, DistillError, did_you_mean, shortened
-from .models import cannot_reach_hub, hub_info, is_network_error
+from . import hub_rows, store
+from .errors import ConfigError, DataError, did_you_mean, shortened
+from .models import hub_info, is_network_error
+from .stages import UNKNOWN
 
 ROW_FIELDS = ("instruction", "input", "output")
 ENTRY_KEYS = ("source", "columns", "weight", "slice")
@@ -83,12 +85,52 @@ def _entry_problems(entry: dict, slice_str: str, fields: Iterable[str]) -> list[
     return problems
 
 
-def mix(sources: list[Source], seed: int) -> Iterator[tuple[Source, dict]]:
+def settings_of(sources: list[Source]) -> dict:
+    """What a user said of the sources, for a stage's settings: each a value of its own where there is one source, else a list."""
+    said = {
+        "source": [source.name for source in sources],
+        "columns": [source.columns for source in sources],
+        "weight": [source.weight for source in sources],
+        "slice_str": [source.slice for source in sources],
+    }
+    return {name: values[0] if len(values) == 1 else values for name, values in said.items()}
+
+
+def contents(sources: list[Source]) -> dict:
+    """What a stage reads, source by source: the hash of a local one's files, the commit of one on the hub, UNKNOWN where the hub is silent.
+
+    Raises ConfigError for a name that is neither here nor on the hub.
+    """
+    return {f"what {source.name} holds": _content(source.name) for source in sources}
+
+
+def _content(name: str) -> str | None:
+    files = local_files(name)
+    if files:
+        folder = store.resolve(name)
+        return store.hash_json([[str(file.relative_to(folder)), store.hash_file(file)] for file in files])
+    try:
+        return hub_revision(name)
+    except ConfigError as error:
+        if _is_silence(error.__cause__):
+            return UNKNOWN
+        raise
+
+
+def _is_silence(error: BaseException | None) -> bool:
+    """Whether the hub gave no answer, rather than one that says that there is no such data set."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return error is not None and is_network_error(error) and not isinstance(error, RepositoryNotFoundError)
+
+
+def mix(sources: list[Source], seed: int, *, fresh: bool = False) -> Iterator[tuple[Source, dict]]:
     """Draw rows from several sources in the shares of their weights, reproducibly; ends when one of them is used up.
 
     Ending there keeps the shares: going on would fill up with what is left.
+    fresh  fetch rows of the hub anew, though they were read before
     """
-    streams = [stream(source) for source in sources]
+    streams = [stream(source, fresh=fresh) for source in sources]
     weights = [source.weight for source in sources]
     draw = random.Random(seed)
     while True:
@@ -99,9 +141,10 @@ def mix(sources: list[Source], seed: int) -> Iterator[tuple[Source, dict]]:
         yield sources[chosen], row
 
 
-def stream(source: Source) -> Iterator[dict]:
+def stream(source: Source, *, fresh: bool = False) -> Iterator[dict]:
     """The rows of one source's slice, one at a time, as the source has them.
 
+    fresh  as in `mix`
     Raises DataError for a file that cannot be read, ConfigError for a name that is neither here nor on the hub.
     """
     split, start, stop = _SLICE.fullmatch(source.slice).group("split", "start", "stop")
@@ -111,7 +154,7 @@ def stream(source: Source) -> Iterator[dict]:
         read, count = (_read_parquet, _count_parquet) if files[0].suffix == ".parquet" else (store.read_rows, _count_json)
         first, last = _bounds(start, stop, lambda: sum(map(count, files)))
         return islice(chain.from_iterable(map(read, files)), first, last)
-    return _streamed(source.name, hub_revision(source.name), split, start, stop)
+    return _streamed(source.name, hub_revision(source.name), split, start, stop, fresh)
 
 
 @lru_cache
@@ -177,67 +220,9 @@ def _count_parquet(file: Path) -> int:
         raise DataError(f"{store.shown(file)} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
 
 
-def _streamed(name: str, revision: str | None, split: str, start: str | None, stop: str | None) -> Iterator[dict]:
-    """Rows that `datasets` streams from the hub. Its own metadata are not checked: OmniThought's disagree with its files."""
-    from datasets import load_dataset
-
-    try:
-        first, last = _bounds(start, stop, lambda: _count_streamed(name, revision, split))
-        how = {"split": split, "streaming": True, "verification_mode": "no_checks"}
-        files, first_there = _files_from(name, revision, split, first)
-        if files:
-            rows = load_dataset("parquet", data_files={split: files}, **how).skip(first_there)
-        else:
-            rows = load_dataset(name, revision=revision, **how).skip(first)
-        yield from rows if last is None else rows.take(max(last - first, 0))
-    except DistillError:
-        raise
-    except Exception as error:
-        if is_network_error(error):
-            raise cannot_reach_hub(name, error) from error
-        raise DataError(f"{name} cannot be read: {type(error).__name__}: {shortened(error)}.") from error
-
-
-def _files_from(name: str, revision: str | None, split: str, first: int) -> tuple[list[str], int]:
-    """The Parquet files of a split from the one that holds row `first`, and that row's number in it; none where all files are wanted.
-
-    `datasets` would fetch every row that it skips.
-    """
-    files = _data_files(name, revision, split) if first else []
-    if not all(file.endswith(".parquet") for file in files):
-        return [], first
-    for place, file in enumerate(files):
-        count = _count_remote(file)
-        if first < count:
-            return (files[place:], first) if place else ([], first)
-        first -= count
-    return files[-1:], first + count if files else 0
-
-
-def _data_files(name: str, revision: str | None, split: str) -> list[str]:
-    from datasets import load_dataset_builder
-
-    return [str(file) for file in load_dataset_builder(name, revision=revision).config.data_files.get(split) or []]
-
-
-def _count_remote(file: str) -> int:
-    """Rows of a Parquet file by its footer: a few kilobytes."""
-    import fsspec
-    import pyarrow.parquet
-
-    with fsspec.open(file, "rb") as handle:
-        return pyarrow.parquet.read_metadata(handle).num_rows
-
-
-def _count_streamed(name: str, revision: str | None, split: str) -> int:
-    """How many rows a split has, by the footers of its Parquet files."""
-    files = _data_files(name, revision, split)
-    for file in files:
-        if not file.endswith(".parquet"):
-            raise ConfigError(
-                f"A share or a negative row number needs Parquet files, and {file} is none. Use row numbers such as train[:1000]."
-            )
-    return sum(map(_count_remote, files))
+def _streamed(name: str, revision: str | None, split: str, start: str | None, stop: str | None, fresh: bool = False) -> Iterator[dict]:
+    first, last = _bounds(start, stop, lambda: hub_rows.count(name, revision, split))
+    yield from hub_rows.read(name, revision, split, first, last, fresh=fresh)
 
 
 def _bounds(start: str | None, stop: str | None, count: Callable[[], int]) -> tuple[int, int | None]:

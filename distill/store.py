@@ -15,12 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 
+from .console import say
 from .errors import ConfigError, DataError, DistillError, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 READ_CHARS = 1 << 20
 MAX_NAME_BYTES = 255
+CHECK_DIGITS = 12
+SEAL = "manifest_sha256"
 _BLANKS = {" ", "\t", "\r", "\n"}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -184,6 +187,19 @@ def cannot_write(path: Path) -> Iterator[None]:
         raise ConfigError(f"Cannot write {shown(path)}: {error.strerror}. Choose another folder or free some space.") from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where it is not there. Raises ConfigError where that is not possible."""
+    with cannot_write(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's own error (it is full, over a quota, read-only, broken) in an error or what caused it; None where there is none."""
+    while error and not (type(error) is OSError and error.errno in _DISK_ERRORS):  # ssl.SSLError has numbers of its own, 5 too
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _is_about(error: OSError, path: Path) -> bool:
     """Whether an error arose in writing at `path`, rather than in the block's own work."""
     if error.filename is None:
@@ -251,20 +267,6 @@ def append_json_line(path: str | Path, value) -> None:
     """Add one JSON value as one line, in a single write, so that a reader never meets half of an earlier line."""
     with cannot_write(Path(path)), open(path, "ab", buffering=0) as file:
         file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-
-
-def read_journal(path: Path) -> list[dict]:
-    """The JSON lines that `append_json_line` wrote, none where there is no file; a last one that a kill cut short is taken off the file."""
-    if not is_file(path):
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise DataError(f"{shown(path)} is no journal of the lab: {shortened(error)}. Remove it to start anew.") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> int:
@@ -363,6 +365,63 @@ def remove_file(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+# Journals: JSON lines that only grow, each with a checksum of its own, so that a damaged one is known
+
+
+def add_to_journal(path: str | Path, entry: dict) -> None:
+    """Add one entry as one line with its checksum; a kill can cut short the last line alone."""
+    text = json.dumps(entry, ensure_ascii=False).encode()
+    with cannot_write(Path(path)), open(path, "ab") as file:
+        file.write(_checked(text))
+
+
+def _checked(text: bytes) -> bytes:
+    """A journal's line: the JSON object `text` with its checksum as a last key."""
+    return b'%s, "check": "%s"}\n' % (text[:-1], hashlib.sha256(text).hexdigest()[:CHECK_DIGITS].encode())
+
+
+def _entry(line: bytes) -> dict | None:
+    """The entry of a journal's line; None where the line was cut short or changed."""
+    text = line[: len(line) - len(_checked(b"}"))] + b"}"
+    return json.loads(text) if line == _checked(text) else None
+
+
+def read_journal(path: Path) -> list[dict]:
+    """The entries that `add_to_journal` wrote, none where there is no file. Damaged lines are taken off the file, and that is said.
+
+    For a journal whose entries each stand for themselves: what a damaged one held is asked again.
+    """
+    if not is_file(path):
+        return []
+    with open(path, "rb") as file:
+        lines = [(line, _entry(line)) for line in file]
+    kept = [(line, entry) for line, entry in lines if entry is not None]
+    if len(kept) < len(lines):
+        with atomic_file(path, "wb") as file:
+            file.writelines(line for line, _ in kept)
+        say(f"{shown(path)}: {len(lines) - len(kept):,} damaged lines are dropped; what they held is made again")
+    return [entry for _, entry in kept]
+
+
+def replay_journal(path: Path) -> Iterator[dict]:
+    """Yield the entries {"number": 0}, {"number": 1}, … of a journal whose order counts, in memory that does not grow with their number.
+
+    At the first damaged line, or the first that does not follow from the one before, the file is cut off, and that is said.
+    """
+    if not is_file(path):
+        return
+    whole_bytes = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            entry = _entry(line)
+            if entry is None or entry["number"] != number:
+                os.truncate(path, whole_bytes)
+                say(f"{shown(path)}: is damaged at byte {whole_bytes:,}; what followed is fetched again")
+                return
+            whole_bytes += len(line)
+            yield entry
+
+
 # Hashes and manifests
 
 
@@ -386,11 +445,12 @@ def write_manifest(target: Path, facts: dict, *, name: str = MANIFEST, files: It
     place = _manifest_place(target, name)
     files = sorted(files or ([f for f in target.rglob("*") if f.is_file() and f != place] if target.is_dir() else [target]))
     hashed = {str(file.relative_to(place.parent)): {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files}
-    write_json(place, {**facts, "files": hashed})
+    manifest = json.loads(json.dumps({**facts, "files": hashed}))  # as it will be read
+    write_json(place, {**manifest, SEAL: hash_json(manifest)})
 
 
 def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
-    """The manifest of a folder or file; None where there is none. Raises DataError where a file is missing or changed."""
+    """The manifest of a folder or file; None where there is none. Raises DataError where it or a file of it is missing or changed."""
     place = _manifest_place(resolve(target), name)
     if not is_file(place):
         return None
@@ -398,6 +458,11 @@ def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         raise DataError(f"{shown(place)} is no manifest: it lists no files.")
+    seal = manifest.pop(SEAL, None)
+    if seal not in (None, hash_json(manifest)):
+        raise DataError(f"{shown(place)} was changed since it was written.")
+    if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise DataError(f"{shown(place)} is no manifest: it lists {shortened(outside[0], 60)}, which lies outside of its folder.")
     for relative, fact in files.items():
         file, fact = place.parent / relative, fact if isinstance(fact, dict) else {}
         if not file.is_file() or file.stat().st_size != fact.get("bytes") or hash_file(file) != fact.get("sha256"):

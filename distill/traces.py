@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 
-from . import models, store
+from . import models, stages, store
 from .config import model_name
 from .console import progress, say
 from .errors import DataError
@@ -21,8 +21,10 @@ from .preparation import (
     Spool,
     argument_problems,
     check_places,
+    contents_of,
     raise_problems,
     readable,
+    reuse,
     why_nothing,
     write_prepared,
 )
@@ -43,7 +45,7 @@ from .selection import (
     share_problems,
     widenings,
 )
-from .sources import Source, mix, parse_sources, provenance
+from .sources import Source, mix, parse_sources, provenance, settings_of
 
 OMNITHOUGHT = "alibaba-pai/OmniThought"
 NO_TRACE = "no trace"
@@ -66,8 +68,11 @@ def prepare_system2_dataset(
     validation: float = 0.05,
     seed: int = 42,
     out_cot: str = "data/omnithought_cot.json",
+    fresh: bool = False,
 ) -> Prepared:
     """Write the rows that System 2 is trained on: one trace a question, whole, correct, in the windows asked for.
+
+    Where they stand already, and nothing has changed, nothing is done.
 
     slice_str         source rows to read, e.g. "train[:20000]"
     source            hub name, local JSON, JSONL or Parquet file or folder, or a list of {source, columns, weight, slice} to mix
@@ -78,6 +83,7 @@ def prepare_system2_dataset(
     student_model     whose tokenizer says what fits
     max_length        tokens of a row, question included; a trace that does not fit whole is never cut
     validation        share split off by id, 0 to 0.5
+    fresh             make them anew, whatever stands there
     Raises DataError `No data for System 2 distillation: …`, `Unexpected OmniThought schema, …`; ConfigError for settings that cannot work.
 
     One row in:  {"question": "2+2?", "reasoning": [{"full_response": "<think>\\n2+2=4\\n</think>\\n\\n4", …}]}
@@ -95,18 +101,37 @@ def prepare_system2_dataset(
     chat_format(tokenizer, "system2")  # a student without a template is refused before anything is read
     for note in [note for _, notes, _ in windows.values() for note in notes]:
         say(note)
-    with store.lock(cot), closing(Spool()) as spool:
-        chosen = _Selection(spool, limits, lambda question, output: len(trained_ids(tokenizer, question, output, mode="system2")[0]))
-        chosen.read_all(readable(mix(sources, seed), "system2"))
-        chosen.balance(seed)
-        facts = chosen.facts()
-        if not spool.count:
-            raise DataError(f"{NO_DATA['system2']}: {' '.join([why_nothing(sources, facts['read'], facts['dropped']), *_in_one(facts)])}")
-        spool.choose_validation(validation, seed)
-        settings = {"slice": slice_str, "seed": seed, "validation_share": validation, "student_model": student_model}
-        prepared = write_prepared(spool, facts | settings | {"tokenizer_sha256": tokenizer_hash(tokenizer)}, cot)
+    with store.lock(cot):
+        stage = _stage(sources, limits, {"validation": validation, "seed": seed}, tokenizer)
+        prepared = reuse(stage, fresh, cot)
+        if not prepared:
+            with closing(Spool()) as spool:
+                facts = _fill(spool, sources, limits, seed, tokenizer, fresh)
+                spool.choose_validation(validation, seed)
+                facts |= {"slice": slice_str, "seed": seed, "validation_share": validation, "student_model": student_model}
+                facts |= {"tokenizer_sha256": tokenizer_hash(tokenizer)}
+                prepared = write_prepared(spool, stage.record(), facts, cot)
     say(str(prepared))
     return prepared
+
+
+def _stage(sources: list[Source], limits: Limits, others: dict, tokenizer) -> stages.Stage:
+    bounds = {"rv_min": limits.rv[0], "rv_max": limits.rv[1], "cd_min": limits.cd[0], "cd_max": limits.cd[1]}
+    settings = {"rows": limits.rows, "long_share": limits.long_share, "max_length": limits.max_length, **others, **settings_of(sources)}
+    settings |= {name: float(level) for name, level in bounds.items()}
+    inputs = contents_of(sources, "system2") | {"the student's tokenizer": tokenizer_hash(tokenizer)}
+    return stages.Stage("System 2's data", settings, inputs, stages.code(*stages.PREPARING["system2"]))
+
+
+def _fill(spool: Spool, sources: list[Source], limits: Limits, seed: int, tokenizer, fresh: bool) -> dict:
+    """Choose among the traces of the sources. Returns the selection's facts; raises DataError where no row is left."""
+    chosen = _Selection(spool, limits, lambda question, output: len(trained_ids(tokenizer, question, output, mode="system2")[0]))
+    chosen.read_all(readable(mix(sources, seed, fresh=fresh), "system2"))
+    chosen.balance(seed)
+    facts = chosen.facts()
+    if not spool.count:
+        raise DataError(f"{NO_DATA['system2']}: {' '.join([why_nothing(sources, facts['read'], facts['dropped']), *_in_one(facts)])}")
+    return facts
 
 
 def _own_problems(long_share, student_model, max_length) -> list[str]:

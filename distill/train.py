@@ -1,36 +1,34 @@
 """The built-in engine: TRL's SFTTrainer on a job's own tokenized rows, run as `python -m distill.train --config JOB.json`.
 
-`run` is the lab's side: it starts the engine, shows its progress and believes only the checkpoint. The rest runs in the engine's process.
+`run` is the lab's side: it starts the engine, again with fewer rows at a time where memory runs out, shows its progress and believes only
+the checkpoint. The rest runs in the engine's process, which goes on where a killed one of the same job stood.
 A checkpoint is published whole or not at all: it is saved under a temporary name, loaded again, compared with the student, sealed with
 `distill_run.json`, and only then renamed to the job's `output_dir`.
 """
 
 import argparse
-import math
-import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import checkpoint, config, engine, store
+from . import backoff, checkpoint, config, engine, faults, preflight, resume, samples, store
 from .console import progress, say
 from .data import validation_path
-from .errors import BackendError, DistillError
-from .generation import generate
-from .models import RUN_RECORD, load_to_train
-from .trainer import attention_for, build_trainer, datasets, precision_for
-
-SAVE_SECONDS = 180  # leaves two of the five minutes for a validation and the saving itself
-SAMPLE_TOKENS = 512
+from .errors import BackendError, DataError, DistillError
+from .models import RUN_RECORD, gpu_capability, load_to_train
+from .trainer import attention_for, build_trainer, datasets, load_student, precision_for
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a backend leaves: the checkpoint, which backend made it and why, how long it took, and its figures."""
+    """What a backend leaves: the checkpoint, which backend made it and why, how long it took, and its figures.
+
+    reused        whether the checkpoint had been finished before, so that nothing was trained
+    resumed_from  the step at which the training of an earlier run went on; None where it began anew
+    """
 
     checkpoint: str
     backend: str
@@ -38,22 +36,66 @@ class TrainResult:
     seconds: float
     metrics: dict
     log_path: str
+    reused: bool = False
+    resumed_from: int | None = None
+
+
+def finished(job: dict, backend: str) -> dict | None:
+    """The record of the checkpoint at a job's `output_dir` where exactly this job made it and it is whole; None otherwise.
+
+    backend  "builtin" or "easydistill": the one that would train it now
+    A damaged checkpoint is none, and that is said.
+    """
+    out_dir = Path(job["training"]["output_dir"])
+    store.recover(out_dir)
+    try:
+        if checkpoint.recorded(out_dir, "resume_key") != checkpoint.resume_key(job, backend):
+            return None
+        return store.read_manifest(out_dir, name=RUN_RECORD)
+    except DataError as error:
+        say(f"the checkpoint that stands there is not used: {error}")
+        return None
 
 
 def run(config_path: str | Path, run_folder: Path, reason: str, limit_seconds: float | None = None) -> TrainResult:
-    """Train a job with the built-in engine in a subprocess.
+    """Train a job with the built-in engine in a subprocess; it goes on from what lies in `run_folder/checkpoints` of the same job.
 
     limit_seconds  wall-clock time that it may take
-    Raises BackendError with the end of the log where no new, complete and loadable checkpoint came of it; then nothing has changed
-    at the job's `output_dir`.
+    Raises BackendError that says what went wrong, with the end of the log where it is not known, where no new, complete and loadable
+    checkpoint came of it; then nothing has changed at the job's `output_dir`, and the training checkpoints stay.
     """
-    log, arguments = run_folder / "train.log", ["--config", str(store.resolve(config_path)), "--run", str(run_folder)]
+    job, sessions = config.read_job(config_path), []
+    arguments, log = ["--config", str(store.resolve(config_path)), "--run", str(run_folder)], run_folder / "train.log"
+    ends_at = limit_seconds and time.monotonic() + limit_seconds
 
     def work(show: Callable[[dict], None]) -> BackendError:
-        ended = engine.run_module("distill.train", arguments, log, show, limit_seconds)
-        return engine.failure("Training", ended, log)
+        latest: dict = {}
 
-    return publish(config.read_job(config_path), run_folder, "builtin", reason, work)
+        def hear(event: dict) -> None:
+            latest.update(event)
+            sessions.extend([event["session"]] if "session" in event else [])
+            show(event)
+
+        while True:
+            latest.clear()
+            kills, left = backoff.kernel_kills(), ends_at and ends_at - time.monotonic()
+            ended = engine.run_module("distill.train", arguments, log, hear, left, append=bool(sessions))
+            if not sessions or not backoff.ran_out(ended.status, kills, backoff.kernel_kills()):
+                return _failure(ended, log, latest.get("failed"))
+            step = latest.get("out_of_memory", latest).get("step", 0)  # one that the kernel killed could not say
+            say(backoff.back_off(job, sessions[-1], step, run_folder / "checkpoints"))
+
+    result = publish(job, run_folder, "builtin", reason, work)
+    return replace(result, resumed_from=sessions[0]["step"] or None)
+
+
+def _failure(ended, log: Path, known: str | None) -> BackendError:
+    """The error for a training that failed: what the engine said of it, else how it ended and the end of its log."""
+    if not known:
+        return engine.failure("Training", ended, log)
+    kept = resume.saved(log.parent / "checkpoints")
+    stays = f"\nThe last good training checkpoint is {store.shown(kept[-1])}." if kept else ""
+    return BackendError(f"Training failed: {known}{stays}\nThe log: {store.shown(log)}")
 
 
 def publish(job: dict, run_folder: Path, backend: str, reason: str, work: Callable[[Callable], BackendError]) -> TrainResult:
@@ -61,20 +103,20 @@ def publish(job: dict, run_folder: Path, backend: str, reason: str, work: Callab
 
     work  called with a function that shows the engine's events; returns the error to be raised where nothing new stands at the job's
           `output_dir` afterwards
+    The caller holds the lock on `output_dir`.
     """
     out_dir, started = Path(job["training"]["output_dir"]), time.monotonic()
-    with store.lock(out_dir):
+    store.recover(out_dir)
+    before = checkpoint.recorded(out_dir, "run_id")
+    try:
+        with progress(out_dir.name) as update:
+            failure = work(_progress(update))
+    finally:
         store.recover(out_dir)
-        before = checkpoint.run_id(out_dir)
-        try:
-            with progress(out_dir.name) as update:
-                failure = work(_progress(update))
-        finally:
-            store.recover(out_dir)
-            shutil.rmtree(run_folder / "cache", ignore_errors=True)
-        if checkpoint.run_id(out_dir) in (None, before):  # a new, sealed checkpoint is the proof; an exit status is none
-            raise failure
-        record = store.read_manifest(out_dir, name=RUN_RECORD)
+        shutil.rmtree(run_folder / "cache", ignore_errors=True)
+    if checkpoint.recorded(out_dir, "run_id") in (None, before):  # a new, sealed checkpoint is the proof; an exit status is none
+        raise failure
+    record = store.read_manifest(out_dir, name=RUN_RECORD)
     return TrainResult(str(out_dir), backend, reason, time.monotonic() - started, record["metrics"], str(run_folder / "train.log"))
 
 
@@ -84,26 +126,21 @@ def _progress(update) -> Callable[[dict], None]:
 
     def show(event: dict) -> None:
         if "sample" in event:
-            say(sample_line(event["sample"]))
-            return
-        latest.update((name, event[key]) for key, name in (("loss", "loss"), ("eval_loss", "val")) if key in event)
-        update(event["step"], total=event.get("steps"), note=", ".join(f"{name} {value:.3f}" for name, value in latest.items()))
+            say(samples.sample_line(event["sample"]))
+        elif "session" in event and event["session"]["step"]:
+            say(goes_on(event["session"]))
+        elif "step" in event:
+            latest.update((name, event[key]) for key, name in (("loss", "loss"), ("eval_loss", "val")) if key in event)
+            update(event["step"], total=event.get("steps"), note=", ".join(f"{name} {value:.3f}" for name, value in latest.items()))
 
     return show
 
 
-def sample_line(sample: dict) -> str:
-    """A sample answer as one line of printable text."""
-    asked, answer, wanted = (_glimpse(sample[key], limit) for key, limit in (("instruction", 60), ("answer", 80), ("reference", 40)))
-    cut_off = "" if sample["stopped"] else " (cut off)"
-    return f"step {sample['step']}: {asked} → {answer}{cut_off}, wanted: {wanted}"
-
-
-def _glimpse(text: str, limit_chars: int) -> str:
-    """The beginning and the end of a text, where an answer to a long thought stands; no control characters."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    half = limit_chars // 2
-    return text if len(text) <= limit_chars else f"{text[:half]} … {text[-half:]}"
+def goes_on(session: dict) -> str:
+    """What is said of a session that goes on where another stood."""
+    again = session["seen"] - session["step"]
+    done_again = f"; {again:,} step{'s' if again > 1 else ''} of the last session are done again" if again > 0 else ""
+    return f"continues at step {session['step']:,} of {session['steps']:,}{done_again}"
 
 
 # In the engine's process
@@ -118,9 +155,12 @@ def main() -> None:
     try:
         job = config.read_job(arguments.config)
         run_folder = store.resolve(arguments.run) if arguments.run else Path(job["dataset"]["labeled_path"]).parent
-        train(job, run_folder)
+        with faults.naming_full_disk(run_folder):
+            train(job, run_folder)
     except DistillError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        message = f"{type(error).__name__}: {error}"
+        engine.emit(failed=message)
+        sys.exit(message)
 
 
 def train(job: dict, run_folder: Path) -> None:
@@ -128,144 +168,110 @@ def train(job: dict, run_folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    out_dir, student, lab = Path(job["training"]["output_dir"]), job["models"]["student"], config.lab_settings(job)
-    chosen = _choose(job["training"], lab)
-    model, tokenizer = load_to_train(student, attention=chosen["attention"]["value"])
-    before = checkpoint.weight_hashes(model)
+    student, lab, checkpoints = job["models"]["student"], config.lab_settings(job), run_folder / "checkpoints"
+    key = checkpoint.resume_key(job, "builtin")
+    past = backoff.history(checkpoints, key)
+    fitted = backoff.fitted(job, past)
+    found = _open_session(run_folder, key, backoff.split_of(fitted["training"]))
+    chosen = _choose(fitted["training"], lab, past)
+    precision = chosen["precision"]["value"]
+    model, tokenizer = load_student(student, lab, precision, chosen["attention"]["value"])
+    before = checkpoint.weight_hashes(load_to_train(student)[0] if lab["quantize_bits"] else model)
     tokens = Path(job["dataset"]["labeled_path"])
     rows, validation = datasets(tokens, run_folder / "cache")
     callbacks = _callbacks(validation and validation_path(tokens), lab["sample_answers"], run_folder)
-    trainer = build_trainer(
-        job, chosen["precision"]["value"], (model, tokenizer), (rows, validation), run_folder / "checkpoints", callbacks
-    )
-    outcome = trainer.train()
+    trainer = build_trainer(fitted, precision, (model, tokenizer), (rows, validation), checkpoints, callbacks, key)
+    outcome = backoff.train_within_memory(trainer, found, backoff.split_of(fitted["training"]))
+    _free(trainer)
     _keep_last(trainer, student, tokenizer, run_folder)
-    with store.atomic_folder(out_dir) as folder:
-        if lab["lora_rank"]:
-            trainer.model.save_pretrained(run_folder / "adapter")
-            trained = checkpoint.save_merged(student, run_folder / "adapter", tokenizer, folder)
-        else:
-            trained = checkpoint.save(trainer.model, tokenizer, folder)
-        moved = checkpoint.verify_checkpoint(folder, before, trained)
-        metrics = {**_metrics(trainer, outcome, len(rows)), "tensors_moved": moved}
-        store.write_manifest(folder, checkpoint.record(job, run_folder, before, chosen, metrics), name=RUN_RECORD)
+    metrics, sessions = _metrics(trainer, outcome, len(rows)), {"sessions": trainer.sessions, "backed_off": past}
+    out_dir = Path(job["training"]["output_dir"])
+    with faults.naming_full_disk(out_dir), store.atomic_folder(out_dir) as folder:
+        trained = _save(trainer.model, student, tokenizer, run_folder, folder)
+        metrics["tensors_moved"] = checkpoint.verify_checkpoint(folder, before, trained)
+        store.write_manifest(folder, checkpoint.record(job, run_folder, before, chosen, metrics) | sessions, name=RUN_RECORD)
+    shutil.rmtree(checkpoints)
     say(f"checkpoint: {store.shown(out_dir)}")
 
 
-def _choose(training: dict, lab: dict) -> dict:
+def _open_session(run_folder: Path, key: str, split: dict) -> Path | None:
+    """The training checkpoint to go on from, said to the log and to the lab; what the run's journals hold beyond it is taken off."""
+    found, said = resume.claim(run_folder / "checkpoints", key)
+    step = resume.step_of(found) if found else 0
+    seen = [resume.cut_off(run_folder / name, step) for name in ("metrics.jsonl", "samples.jsonl")]
+    session = {"resume_key": key, "step": step, "seen": max(seen), "split": split, "capability": gpu_capability()}
+    if found:
+        session["steps"] = store.read_json(found / "trainer_state.json")["max_steps"]
+        said.append(goes_on(session))
+    for line in said:
+        print(line)
+    engine.emit(session=session)
+    return found
+
+
+def _choose(training: dict, lab: dict, past: list[dict]) -> dict:
     """What the engine decides by itself, printed: name → {"value", "reason"}."""
     # the packs of a batch are laid end to end
     longest = training["max_length"] * (training.get("per_device_train_batch_size", 8) if lab["packing"] else 1)
     found = {"attention": attention_for(longest), "precision": precision_for(training)}
+    if past:
+        found["micro_batch"] = past[-1]["to"]["micro_batch"], f"{past[-1]['from']['micro_batch']} rows at a time ran out of memory"
     for name, (value, reason) in found.items():
         print(f"{name}: {value} ({reason})")
-    print(f"weights: LoRA of rank {lab['lora_rank']} on all linear layers" if lab["lora_rank"] else "weights: full fine-tuning")
+    print(f"method: {preflight.method(lab)}")
     return {name: {"value": value, "reason": reason} for name, (value, reason) in found.items()}
 
 
-def _callbacks(validation: Path | None, samples: int, run_folder: Path) -> list:
-    reporter = _reporter(run_folder / "metrics.jsonl", validate=validation is not None)
-    return [reporter, _sampler(validation, samples, run_folder / "samples.jsonl")] if validation and samples else [reporter]
+def _callbacks(validation: Path | None, count: int, run_folder: Path) -> list:
+    reporter = _reporter(run_folder / "metrics.jsonl")
+    return [reporter, samples.sampler(validation, count, run_folder / "samples.jsonl")] if validation and count else [reporter]
 
 
-def _reporter(metrics_path: Path, validate: bool):
-    """A trainer callback: every figure to `metrics.jsonl` and to the lab, and a checkpoint at least every SAVE_SECONDS."""
+def _reporter(metrics_path: Path):
+    """A trainer callback: every figure to `metrics.jsonl` and to the lab."""
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
-        saved_at = time.monotonic()
-
         def on_train_begin(self, args, state, control, **kwargs):
-            metrics_path.unlink(missing_ok=True)
-            self.saved_at = time.monotonic()
-            engine.emit(step=0, steps=state.max_steps)
+            engine.emit(step=state.global_step, steps=state.max_steps)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             event = {"step": state.global_step, "steps": state.max_steps, **logs}
             store.append_json_line(metrics_path, {"time": time.time(), **event})
             engine.emit(**event)
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if time.monotonic() - self.saved_at > SAVE_SECONDS:
-                # the best checkpoint is known by its validation loss, so the two go together
-                control.should_save, control.should_evaluate = True, validate
-
-        def on_save(self, args, state, control, **kwargs):
-            self.saved_at = time.monotonic()
-
     return Reporter()
 
 
-def _sampler(questions_path: Path, count: int, samples_path: Path):
-    """A trainer callback: at every save, the first validation questions are answered, so that one sees the student learn."""
-    from transformers import TrainerCallback
-
-    rows, limit_tokens = sample_questions(questions_path, count)
-    asked = [[token for token, supervised in zip(row["input_ids"], row["completion_mask"], strict=True) if not supervised] for row in rows]
-
-    class Sampler(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            samples_path.unlink(missing_ok=True)
-
-        def on_save(self, args, state, control, model, processing_class, **kwargs):
-            with _undisturbed(model), _autocast(args, model):
-                answers = generate(model, processing_class, asked, limit_tokens)
-            for row, answer in zip(rows, answers, strict=True):
-                texts = {"instruction": row["instruction"], "answer": answer.text, "reference": row["output"]}
-                sample = {"step": state.global_step, **texts, "stopped": answer.stopped}
-                store.append_json_line(samples_path, sample)
-                print(sample_line(sample))
-                engine.emit(sample=sample)
-
-    return Sampler()
-
-
-def sample_questions(path: Path, count: int) -> tuple[list[dict], int]:
-    """The first `count` rows of a token file, and how many tokens an answer may have: half as many again as the longest, at most
-    SAMPLE_TOKENS."""
-    rows, longest = [], 0
-    for row in store.read_rows(path):
-        longest = max(longest, sum(row["completion_mask"]))
-        rows += [row] if len(rows) < count else []
-    return rows, min(SAMPLE_TOKENS, math.ceil(1.5 * longest))
-
-
-@contextmanager
-def _undisturbed(model) -> Iterator[None]:
-    """Let a model answer in the midst of its training: its mode and every random generator are afterwards what they were."""
-    import numpy
-    import torch
-
-    training, python, arrays = model.training, random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.eval()
-        yield
-    model.train(training)
-    random.setstate(python)
-    numpy.random.set_state(arrays)
-
-
-def _autocast(args, model):
-    """Compute as the training does; peft asks the model behind the forward that the trainer has wrapped for it."""
-    import torch
-
-    half = torch.bfloat16 if args.bf16 else torch.float16
-    return torch.autocast(model.device.type, half, enabled=args.bf16 or args.fp16)
-
-
 def _keep_last(trainer, student: str, tokenizer, run_folder: Path) -> None:
-    """Keep the last training checkpoint's model as `last/` in the run's folder; drop older ones."""
-    checkpoints = run_folder / "checkpoints"
-    last = checkpoints / f"checkpoint-{trainer.state.global_step}"
-    if not last.is_dir():
-        raise BackendError(f"The last training checkpoint, {store.shown(last)}, is missing.")
-    (last / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    """Keep the last training checkpoint's model as `last/` in the run's folder."""
+    last = resume.saved(run_folder / "checkpoints")[-1]
+    if resume.step_of(last) != trainer.state.global_step:
+        raise BackendError(f"The last training checkpoint, after step {trainer.state.global_step}, is missing.")
     with store.atomic_folder(run_folder / "last") as folder:
         if (last / "adapter_config.json").is_file():
             checkpoint.save_merged(student, last, tokenizer, folder)
         else:
-            shutil.copytree(last, folder, dirs_exist_ok=True)
-    shutil.rmtree(checkpoints)
+            shutil.copytree(last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*resume.NOT_THE_MODEL))
+
+
+def _free(trainer) -> None:
+    """Let go of the optimizer's state and the gradients: what follows holds a second model, and a step must remain the peak."""
+    trainer.model.zero_grad(set_to_none=True)
+    for holder in (trainer, trainer.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
+    trainer.accelerator.free_memory()
+
+
+def _save(model, student: str, tokenizer, run_folder: Path, folder: Path) -> dict:
+    """Save the trained model in `folder`, an adapter merged. Returns the saved weights' hashes."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return checkpoint.save(model, tokenizer, folder)
+    with faults.naming_full_disk(run_folder / "adapter"):
+        model.save_pretrained(run_folder / "adapter")
+    return checkpoint.save_merged(student, run_folder / "adapter", tokenizer, folder)
 
 
 def _metrics(trainer, outcome, rows: int) -> dict:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import config, store
-from .data import validation_path
 from .errors import ConfigError, DataError
-from .models import BF16_CAPABILITY, gpu_capability, half_precision
+from .models import BF16_CAPABILITY, gpu_capability, half_precision, load_quantized, load_to_train
+from .resume import KEPT, ResumableTrainer
+from .store import validation_path
 
 POOL_BATCHES = 20
 EAGER_TOKENS = 512
@@ -19,9 +20,12 @@ EAGER_TOKENS = 512
 
 def attention_for(max_length: int) -> tuple[str, str]:
     """The implementation of attention to train with, and why."""
-    import torch
+    return attention_on(gpu_capability(), max_length)
 
-    if torch.cuda.is_available():
+
+def attention_on(capability: tuple[int, int] | None, max_length: int) -> tuple[str, str]:
+    """`attention_for` on a GPU of this compute capability; None is a CPU."""
+    if capability:
         return "sdpa", "a GPU is visible"
     if max_length > EAGER_TOKENS:
         return "sdpa", f"rows may be longer than {EAGER_TOKENS} tokens, where plain attention takes too much memory"
@@ -80,24 +84,34 @@ def supervised_rows(path: str) -> Iterator[dict]:
         yield {"input_ids": ids, "labels": [token if supervised else -100 for token, supervised in zip(ids, mask, strict=True)]}
 
 
-def build_trainer(job: dict, precision: str, student: tuple, data: tuple, checkpoints: Path, callbacks: list):
+def load_student(student: str, lab: dict, precision: str, attention: str) -> tuple:
+    """A job's student and its tokenizer as `build_trainer` takes them.
+
+    lab  the job's, as `config.lab_settings` gives it
+    """
+    if lab["quantize_bits"]:
+        return load_quantized(student, precision, attention)
+    return load_to_train(student, attention)
+
+
+def build_trainer(job: dict, precision: str, student: tuple, data: tuple, checkpoints: Path, callbacks: list, key: str = ""):
     """The trainer of a job.
 
     precision    as `precision_for` says
-    student      (model, tokenizer), the model in fp32
+    student      (model, tokenizer), as `load_student` gives them
     data         (rows, validation rows or None), as `datasets` makes them
-    checkpoints  the folder of the training checkpoints, emptied first
+    checkpoints  the folder of the training checkpoints
+    key          the job's `checkpoint.resume_key`, for those who mean to go on from a training checkpoint
     """
     from trl import SFTConfig
 
     (model, tokenizer), (rows, validation), training, lab = student, data, job["training"], config.lab_settings(job)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    if lab["lora_rank"] and precision != "fp32":
+    if lab["lora_rank"] and not lab["quantize_bits"] and precision != "fp32":
         _halve(model, precision)
     if lab["packing"]:
         rows = packed(rows, training["max_length"])
     settings = sft_settings(training, str(checkpoints), validation is not None, precision=precision, packing=lab["packing"])
-    return _trainer_class(training.get("group_by_length", False))(
+    trainer = _trainer_class(training.get("group_by_length", False))(
         model=model,
         args=SFTConfig(**settings),
         train_dataset=rows,
@@ -106,6 +120,11 @@ def build_trainer(job: dict, precision: str, student: tuple, data: tuple, checkp
         callbacks=callbacks,
         peft_config=_lora(lab),
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # TRL makes QLoRA's bf16, whose gradients the scaler of fp16 cannot take
+    trainer.resume_key, trainer.kept = key, max(KEPT, training.get("save_total_limit", 0))
+    return trainer
 
 
 def _halve(model, precision: str) -> None:
@@ -147,7 +166,7 @@ def packed(rows, max_length: int):
 
 
 def _trainer_class(group_by_length: bool) -> type:
-    """TRL's SFTTrainer; with `group_by_length`, one that draws its batches from `length_groups`."""
+    """TRL's SFTTrainer that can be resumed; with `group_by_length`, one that draws its batches from `length_groups`."""
     from torch.utils.data import Sampler
     from trl import SFTTrainer
 
@@ -164,14 +183,17 @@ def _trainer_class(group_by_length: bool) -> type:
         def __iter__(self):
             return iter(length_groups(self.lengths, self.batch_size, self.seed, self.epoch))
 
-    class LengthGroupedSFTTrainer(SFTTrainer):
+    class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+        pass
+
+    class LengthGroupedSFTTrainer(ResumableSFTTrainer):
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
             # grouped by all rows of a step, so that 8 × 1 and 1 × 8 take the same ones
             step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             return LengthGroupSampler([len(ids) for ids in rows["input_ids"]], step_rows, self.args.seed)
 
-    return LengthGroupedSFTTrainer if group_by_length else SFTTrainer
+    return LengthGroupedSFTTrainer if group_by_length else ResumableSFTTrainer
 
 
 def length_groups(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -211,7 +233,8 @@ def sft_settings(training: dict, checkpoints: str, validate: bool, *, precision:
         settings.setdefault("per_device_eval_batch_size", settings.get("per_device_train_batch_size", 8))
     fixed = {
         "output_dir": checkpoints,
-        "save_only_model": True,  # nothing resumes from the optimizer's state, which is twice the model
+        "save_total_limit": None,  # the lab keeps and removes them itself, once a new one is whole
+        "logging_nan_inf_filter": False,  # it would log an earlier loss in the place of one that is not finite
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": not torch.cuda.is_available(),
@@ -223,4 +246,4 @@ def sft_settings(training: dict, checkpoints: str, validate: bool, *, precision:
         "packing_strategy": "bfd",
         "eval_packing": False,
     }
-    return {"disable_tqdm": True, "report_to": "none", "save_total_limit": 2, **settings, **fixed}
+    return {"disable_tqdm": True, "report_to": "none", **settings, **fixed}

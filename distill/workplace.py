@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import config, engine, models, store
+from . import config, engine, faults, models, store
 from .easydistill import Installation
 from .errors import BackendError, ConfigError
 
@@ -66,12 +66,14 @@ def write_student(student: Path, folder: Path) -> None:
 
     The rows are tokenized already. Generation settings are left out: 4.51 refuses to save some that 5 accepts.
     """
-    folder.mkdir()
-    for file in [*student.glob(WEIGHTS), *student.glob("model.safetensors.index.json")]:
-        (folder / file.name).symlink_to(file.resolve())
+    with faults.naming_full_disk(folder):
+        folder.mkdir()
+        for file in [*student.glob(WEIGHTS), *student.glob("model.safetensors.index.json")]:
+            (folder / file.name).symlink_to(file.resolve())
     store.write_json(folder / "config.json", translated_config(store.read_json(student / "config.json")))
     tokenizer = models.load_tokenizer(str(student))
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    with faults.naming_full_disk(folder / "tokenizer.json"):
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     special = {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
     store.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
 
@@ -88,12 +90,14 @@ def safe_folder(job: dict, work: Path, installation: Installation, training: dic
     """
     # hexadecimal: transformers takes a model whose configuration is missing for one that is named in its path, such as t5
     place = _plain_folder() / f"{SAFE_NAME}{os.getpid()}-{secrets.token_hex(8)}"
-    place.mkdir(mode=0o700)
+    with store.cannot_write(place):
+        place.mkdir(mode=0o700)
     try:
         links = {"env": environment_of(installation), "home": installation.home, "out": work / "out", "cache": work / "cache"}
         links |= {"tokens.json": job["dataset"]["labeled_path"], "template.jinja": config.TEMPLATE}
-        for name, target in links.items():
-            (place / name).symlink_to(Path(target).absolute())
+        with faults.naming_full_disk(place):
+            for name, target in links.items():
+                (place / name).symlink_to(Path(target).absolute())
         write_student(models.local_folder(job["models"]["student"]), place / "student")
         _write_accelerate(place / "bin" / "accelerate", processes)
         dataset = {"labeled_path": "tokens.json", "template": "template.jinja"}
@@ -135,9 +139,10 @@ def environment_of(installation: Installation) -> Path:
 
 def _write_accelerate(place: Path, processes: int) -> None:
     settings = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    place.parent.mkdir()
-    place.write_text(ACCELERATE.format(settings=settings + (["--multi_gpu"] if processes > 1 else [])), encoding="utf-8")
-    place.chmod(0o700)
+    with store.cannot_write(place):
+        place.parent.mkdir()
+        place.write_text(ACCELERATE.format(settings=settings + (["--multi_gpu"] if processes > 1 else [])), encoding="utf-8")
+        place.chmod(0o700)
 
 
 def training_for(job: dict, precision: str, gpu: bool) -> dict:

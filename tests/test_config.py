@@ -332,7 +332,8 @@ def test_what_only_the_lab_can_do_is_a_section_of_its_own_absent_when_unused(pro
 
 
 def test_lab_settings_fill_in_what_a_job_leaves_out(job):
-    assert config.lab_settings(job) == {"lora_rank": 0, "lora_alpha": 0, "lora_dropout": 0.0, "packing": False, "sample_answers": 3}
+    lora = {"lora_rank": 0, "lora_alpha": 0, "lora_dropout": 0.0, "quantize_bits": 0}
+    assert config.lab_settings(job) == {**lora, "packing": False, "sample_answers": 3}
     assert config.lab_settings({**job, "lab": {"lora_rank": 8}})["lora_alpha"] == 16
     assert config.lab_settings({**job, "lab": {"lora_rank": 8, "lora_alpha": 4}})["lora_alpha"] == 4
     assert config.LAB_DEFAULTS.keys() == config.LAB.keys()

@@ -14,7 +14,8 @@ from distill.errors import ConfigError, DataError
 from distill.prompt import asked_ids
 from distill.sources import Source, _streamed, mix, stream
 
-OUTPUTS = ("labeled.json", "labeled_validation.json", "instructions.json", "instructions_validation.json", "labeled.json.manifest.json")
+ROW_FILES = ("labeled.json", "labeled_validation.json", "instructions.json", "instructions_validation.json")
+OUTPUTS = (*ROW_FILES, "labeled.json.manifest.json", "instructions.json.manifest.json")
 
 
 @pytest.fixture
@@ -368,7 +369,7 @@ def test_preparing_without_validation_removes_the_split_of_the_last_time(project
     assert prepare(validation=0.1).validation_path == str(project / "out/labeled_validation.json")
     assert sorted(path.name for path in (project / "out").iterdir()) == sorted(OUTPUTS)
     assert prepare(validation=0).validation_path is None
-    assert sorted(path.name for path in (project / "out").iterdir()) == ["instructions.json", "labeled.json", "labeled.json.manifest.json"]
+    assert {path.name for path in (project / "out").iterdir()} == {name for name in OUTPUTS if "validation" not in name}
     assert check_labeled("out/labeled.json", "system1") == 20
 
 
@@ -510,7 +511,7 @@ except DistillError as error:
 
 @pytest.mark.parametrize("written", [0, 1, 2, 3, 4])
 def test_a_preparation_killed_after_any_file_leaves_whole_files_and_a_torn_set_is_refused(project, prepare, start_python, written):
-    """Files are written in the order: validation instructions, validation labels, instructions, labels, manifest."""
+    """Files are written in the order: validation instructions, validation labels, instructions, labels, manifests."""
     store.write_jsonl("rows.jsonl", numbered(200))
     prepare(validation=0.1, seed=1)
     before = {name: (project / "out" / name).read_bytes() for name in OUTPUTS}
@@ -542,7 +543,7 @@ data.prepare_system1_dataset("train", source="rows.jsonl", validation=0.1, seed=
     after = {name: (project / "out" / name).read_bytes() for name in OUTPUTS}
     changed = [name for name in OUTPUTS if after[name] != before[name]]
     assert len(changed) == written
-    for name in OUTPUTS[:4]:
+    for name in ROW_FILES:
         assert list(store.read_rows(project / "out" / name))
     if written > 1:  # the instructions alone are no part of the labelled set
         with pytest.raises(DataError, match="^No data for System 1 distillation: .*is not what .*manifest.json recorded"):
@@ -570,7 +571,7 @@ prepare_system1_dataset("train", source="rows.jsonl", validation=0.1, seed=2, **
     time.sleep(seconds)
     process.kill()
     process.wait()
-    for name in OUTPUTS[:4]:
+    for name in ROW_FILES:
         assert list(store.read_rows(project / "out" / name))
     try:
         assert check_labeled("out/labeled.json", "system1") in (2_700, 3_600)

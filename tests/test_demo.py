@@ -1,12 +1,13 @@
 """The demo: its controls are what they claim, scoring runs for real, and the whole reaches its targets (slow)."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from distill import demo, evaluate, store
-from distill.errors import BackendError
+from distill.errors import BackendError, ConfigError
 from distill.evaluate import final_answer
 from distill.microlab import MAX_NEW_TOKENS, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from distill.microtasks import question_of
@@ -40,7 +41,7 @@ def test_chance_is_the_share_of_the_commonest_label(tmp_path):
     assert demo._chance(tmp_path / "rows.json")["parity"] == 3 / 4
 
 
-def test_scores_come_from_a_subprocess_each_model_asked_in_its_mode(tmp_path, micro, heldout):
+def test_scores_come_from_a_subprocess_each_model_asked_in_its_mode(tmp_path, project, micro, heldout):
     store.write_jsonl(tmp_path / "questions.jsonl", heldout[::40])
     models = [{"name": "teacher", "path": str(micro / "teacher"), "mode": None}]
     models += [{"name": name, "path": str(micro / "student_system1"), "mode": "system1"} for name in ("before",)]
@@ -55,12 +56,13 @@ def test_scores_come_from_a_subprocess_each_model_asked_in_its_mode(tmp_path, mi
     assert {score["n"] for score in scores["teacher"]["exact_match"].values()} == {5}
 
 
-def test_a_failed_scoring_shows_its_log(tmp_path, heldout):
+def test_a_failed_scoring_shows_its_log(tmp_path, project, micro, heldout):
     store.write_jsonl(tmp_path / "questions.jsonl", heldout[:1])
-    with pytest.raises(BackendError, match="Invalid student model"):
-        evaluate.score(
-            [{"name": "x", "path": str(tmp_path / "none"), "mode": None}], tmp_path / "questions.jsonl", tmp_path, MAX_NEW_TOKENS
-        )
+    broken = shutil.copytree(micro / "student_system1", tmp_path / "broken")
+    store.write_json(broken / "config.json", {**store.read_json(broken / "config.json"), "hidden_size": 64})
+    for path, error in ((tmp_path / "none", ConfigError), (broken, BackendError)):
+        with pytest.raises(error, match="Invalid student model"):
+            evaluate.score([{"name": "x", "path": str(path), "mode": None}], tmp_path / "questions.jsonl", tmp_path, MAX_NEW_TOKENS)
 
 
 @pytest.mark.slow

@@ -1,14 +1,23 @@
 """Which interpreter trains, and the environment that is made where the running one cannot."""
 
+import ast
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import zipfile
+from base64 import urlsafe_b64encode
+from pathlib import Path
 
 import pytest
+import standin_easydistill
 
-from distill import engine, environment
+from distill import engine, environment, packages
 from distill.errors import BackendError
 
 LACKING = "no-such-package>=1\n"
@@ -256,26 +265,177 @@ def test_the_log_of_an_installation_holds_no_password(project, monkeypatch):
     assert "https://***@index.example/simple, https://***@other.example/simple" in recipe.log.read_text()
 
 
-@pytest.mark.slow
-def test_an_environment_is_made_that_sees_this_pythons_packages(bare, pip_for_this_python, monkeypatch, tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "pyproject.toml").write_text('[project]\nname = "no-such-package"\nversion = "1.0"\n[tool.setuptools]\npy-modules = []\n')
-    wheels = tmp_path / "wheels"
-    make_wheel = [environment._installer(environment.ENGINE)[0], "-m", "pip", "wheel", "--no-deps", "-w", str(wheels), str(package)]
-    done = subprocess.run(make_wheel, capture_output=True)
-    if done.returncode:
-        pytest.skip("setuptools cannot be had here, so no wheel can be made")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    before = {name: environment.installed(name) for name in ("torch", "trl", "numpy")}
+# Real environments, from a wheel that is made here
+
+
+def write_wheel(folder: Path) -> Path:
+    """A wheel of `no-such-package`: one module, one file of data. Returns its folder."""
+    folder.mkdir(parents=True)
+    info = "no_such_package-1.0.dist-info"
+    files = {
+        "no_such_package/__init__.py": "VALUE = 1\n",
+        "no_such_package/data.txt": "some data\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: no-such-package\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / "no_such_package-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+        digests = {name: urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=") for name, text in files.items()}
+        lines = [f"{name},sha256={digests[name]},{len(text)}" for name, text in files.items()]
+        wheel.writestr(f"{info}/RECORD", "\n".join([*lines, f"{info}/RECORD,,"]))
+    return folder
+
+
+@pytest.fixture
+def wheels(bare, pip_for_this_python, monkeypatch, tmp_path):
+    """Where the package that `bare` asks for can be had, without a network; the new environment is not asked what it brings."""
+    monkeypatch.setenv("PIP_FIND_LINKS", str(write_wheel(tmp_path / "wheels")))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     # the environment's own check would read the project's real requirements
-    monkeypatch.setattr(environment, "probe", lambda python: {"lacking": [], "torch": before["torch"], "torch_folder": "/kernel"})
+    monkeypatch.setattr(
+        environment, "probe", lambda python: {"lacking": [], "torch": environment.installed("torch"), "torch_folder": "/kernel"}
+    )
+    return bare
+
+
+def loads(python: str) -> bool:
+    """Whether an environment's package is there, with its data."""
+    code = "import no_such_package, pathlib; print(pathlib.Path(no_such_package.__file__).with_name('data.txt').read_text())"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() == "some data"
+
+
+def break_link(folder: Path) -> None:
+    environment.python_of(folder).unlink()
+    environment.python_of(folder).symlink_to("/no/such/python")
+
+
+def stop_python(folder: Path) -> None:
+    environment.python_of(folder).unlink()
+    environment.python_of(folder).write_text("no program")
+    environment.python_of(folder).chmod(0o755)
+
+
+DAMAGES = {
+    "a file is gone": lambda folder: (packages.folder_of(folder) / "no_such_package" / "data.txt").unlink(),
+    "a file is cut": lambda folder: (packages.folder_of(folder) / "no_such_package" / "data.txt").write_text("some"),
+    "a package is gone": lambda folder: [shutil.rmtree(found) for found in packages.folder_of(folder).glob("no_such_package*")],
+    "the interpreter is gone": break_link,
+    "the interpreter does not run": stop_python,
+    "the seal is cut": lambda folder: (folder / environment.SEALED).write_text("{"),
+}
+
+
+def test_a_damaged_environment_is_mended_by_the_next_set_up(wheels, capsys, tmp_path):
     python = environment.setup_engine()
-    code = "import sys, torch, importlib.metadata as m; print(m.version('no-such-package'), torch.__file__.startswith(sys.prefix))"
-    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert shown.stdout.split() == ["1.0", "False"], shown.stderr
-    assert before == {name: environment.installed(name) for name in before} and environment.installed("no-such-package") is None
-    assert environment.engine_python()[0] == python
+    capsys.readouterr()
+    assert environment.setup_engine() == python and "Making" not in capsys.readouterr().out, "a whole one is left alone"
+    for number, (what, spoil) in enumerate(DAMAGES.items()):
+        copy = shutil.copytree(environment.ENGINE, tmp_path / str(number), symlinks=True)
+        recipe = dataclasses.replace(environment._recipe(), folder=copy)
+        assert environment._why_made_anew(recipe) is None
+        spoil(copy)
+        assert environment._why_made_anew(recipe), what
+    for what in ("a file is gone", "the interpreter is gone"):
+        DAMAGES[what](environment.ENGINE)
+        assert environment.setup_engine() == python and loads(python), what
+        assert "is made anew" in capsys.readouterr().out
+    assert environment._why_made_anew(environment._recipe()) is None
+
+
+INTERRUPTED = """
+from distill import environment
+environment.ENGINE, environment.LOG, environment.REQUIREMENTS, environment.CONSTRAINTS = map(Path, sys.argv[1:])
+wait = "import time; print('half of it', flush=True); time.sleep(60)"
+environment._installer = lambda folder: [sys.executable, "-c", wait]
+environment.setup_engine()
+"""
+
+
+@pytest.mark.parametrize("stood", [False, True], ids=["none stood", "one stood, for another Python"])
+def test_an_installation_that_was_killed_is_mended_by_the_next_set_up(wheels, start_python, stood):
+    if stood:
+        make_sealed(environment.ENGINE)
+        (environment.ENGINE / environment.SEALED).write_text('{"python": "another"}')
+    places = (environment.ENGINE, environment.LOG, environment.REQUIREMENTS, environment.CONSTRAINTS)
+    lab = start_python(INTERRUPTED, *places)
+    deadline = time.monotonic() + 60
+    while not (environment.LOG.is_file() and "half of it" in environment.LOG.read_text()):
+        assert lab.poll() is None and time.monotonic() < deadline, lab.communicate()
+        time.sleep(0.05)
+    os.kill(lab.pid, signal.SIGKILL)
+    lab.wait()
+    with pytest.raises(BackendError, match="cannot train"):
+        environment.engine_python()
+    assert loads(environment.setup_engine())
+    assert sorted(path.name for path in environment.ENGINE.parent.iterdir() if "train-env" in path.name) == [".train-env"]
+
+
+SET_UP = """
+import json, sys
+from pathlib import Path
+from distill import environment, notebook, store
+store.ROOT = Path(sys.argv[1])
+environment.ENGINE, environment.LOG = store.ROOT / ".train-env", store.ROOT / "runs" / "train-env.log"
+environment.REQUIREMENTS, environment.CONSTRAINTS = Path(sys.argv[2]), Path(sys.argv[3])
+notebook.setup_lab()
+"""
+LISTED = "import importlib.metadata as m; print(sorted((one.name, one.version) for one in m.distributions()))"
+
+
+def make_kernel(folder: Path) -> Path:
+    """A kernel's environment: it has what this Python has, and a package of its own. Returns its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    own = packages.folder_of(folder)
+    (own / "kernel.pth").write_text("".join(f"{place}\n" for place in environment.kernel_folders()))
+    (own / "kernel_own-2.0.dist-info").mkdir()
+    (own / "kernel_own-2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernel-own\nVersion: 2.0\n")
+    return packages.python_of(folder)
+
+
+def kernel_as_it_is(python: Path) -> tuple[str, dict[str, str]]:
+    """What a kernel lists as installed, and the hash of each file of its packages, bytecode aside."""
+    own = packages.folder_of(python.parent.parent)
+    files = [file for file in own.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    listed = subprocess.run([python, "-c", LISTED], capture_output=True, text=True, check=True).stdout
+    return listed, {str(file.relative_to(own)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.slow
+def test_set_up_leaves_the_kernels_packages_as_they_are(project, tmp_path):
+    kernel = make_kernel(tmp_path / "kernel")
+    asked = tmp_path / "requirements.txt"
+    asked.write_text(LACKING)
+    (tmp_path / "constraints.txt").write_text("")
+    before = kernel_as_it_is(kernel)
+    variables = {"PIP_FIND_LINKS": str(write_wheel(tmp_path / "wheels")), "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+    variables["EASYDISTILL_HOME"] = str(standin_easydistill.build(tmp_path / "easydistill"))
+    command = [kernel, "-c", SET_UP, project, asked, tmp_path / "constraints.txt"]
+    done = subprocess.run(command, cwd=environment.PROJECT, capture_output=True, text=True, env={**os.environ, **variables}, timeout=300)
+    assert done.returncode == 0 and f"engine: {project / '.train-env'}" in done.stdout, done.stdout + done.stderr
+    assert "kernel-own" in before[0] and "no-such-package" not in before[0] and kernel_as_it_is(kernel) == before
+    seen = subprocess.run([project / ".train-env" / "bin" / "python", "-c", LISTED], capture_output=True, text=True).stdout
+    assert "no-such-package" in seen and "kernel-own" in seen
+
+
+@pytest.mark.parametrize("folder", ["distill", "tests", "benchmarks"])
+def test_the_oldest_python_of_the_lab_reads_every_file(folder):
+    for file in sorted((environment.PROJECT / folder).glob("*.py")):
+        ast.parse(file.read_text(encoding="utf-8"), filename=str(file), feature_version=(3, 11))
+
+
+@pytest.mark.parametrize("minor", [11, 12, 13])
+def test_every_python_of_the_lab_compiles_it(minor, tmp_path):
+    python = shutil.which(f"python3.{minor}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip(f"python3.{minor} is not on PATH")
+    sources = [str(environment.PROJECT / folder) for folder in ("distill", "tests", "benchmarks")]
+    command = [python, "-W", "error", "-m", "compileall", "-q", "-f", "-o", "0", *sources]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What an interpreter brings
 
 
 def test_the_probe_says_what_an_interpreter_brings():

@@ -34,7 +34,8 @@ def journals(project: Path) -> list[Path]:
 
 
 def ids_in(journal: Path) -> list[str]:
-    return [entry["id"] for entry in store.read_journal(journal)]
+    # as it is: read_journal would mend it, under the hands of whoever writes
+    return [entry["id"] for line in journal.read_bytes().splitlines(keepends=True) if (entry := store._entry(line))]
 
 
 # Loading
@@ -247,17 +248,37 @@ def test_cut_off_and_empty_answers_are_dropped_and_counted(project, teacher, cap
     assert not kept.rows and kept.dropped == {label.EMPTY: 2}
 
 
-def test_a_line_that_a_kill_cut_short_is_taken_off_the_journal(tmp_path):
+def test_damaged_lines_are_taken_off_the_journal_and_the_others_stay(tmp_path, capsys):
     journal = tmp_path / "journal.jsonl"
-    store.append_json_line(journal, {"id": 1})
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + b'{"id": 2, "te')
-    assert store.read_journal(journal) == [{"id": 1}] and journal.read_bytes() == whole
-    store.append_json_line(journal, {"id": 2})
-    assert store.read_journal(journal) == [{"id": 1}, {"id": 2}]
-    journal.write_bytes(b"hello\n")
-    with pytest.raises(DataError, match="no journal of the lab"):
-        store.read_journal(journal)
+    for number in range(4):
+        store.add_to_journal(journal, {"id": number, "text": "é \u2028 </think>"})
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for damaged in (
+        lines[1][:-9],
+        lines[1].replace(b"think", b"thinc"),
+        lines[1].replace(b'"id": 1', b'"id": 7'),
+        b"hello\n",
+        b"{}\n",
+        b"\n",
+    ):
+        journal.write_bytes(lines[0] + damaged + b"\n" * (not damaged.endswith(b"\n")) + lines[2] + lines[3][:-3])
+        assert [entry["id"] for entry in store.read_journal(journal)] == [0, 2]
+        assert journal.read_bytes() == lines[0] + lines[2]
+        assert "2 damaged lines are dropped" in capsys.readouterr().out
+    store.add_to_journal(journal, {"id": 9})
+    assert [entry["id"] for entry in store.read_journal(journal)] == [0, 2, 9] and not capsys.readouterr().out
+    assert [row["id"] for row in store.read_rows(journal)] == [0, 2, 9]  # JSON lines to anybody
+
+
+def test_a_label_that_was_damaged_on_disk_is_asked_for_again_and_no_other(project, teacher, plain_questions):
+    rows = label.rows_of([row["instruction"] for row in plain_questions])
+    first = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    (journal,) = journals(project)
+    text = bytearray(journal.read_bytes())
+    text[len(text) // 2] ^= 1
+    journal.write_bytes(text)
+    second = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    assert second.reused == len(rows) - 1 and [row["output"] for row in second.rows] == [row["output"] for row in first.rows]
 
 
 def test_a_killed_labelling_goes_on_and_every_id_is_there_once(project, teacher, heldout, start_python):
@@ -359,7 +380,7 @@ def test_what_label_wrote_keeps_its_teacher_when_it_is_prepared(project):
 
 
 def test_rows_whose_label_is_cut_off_are_dropped_and_counted(project, loaded, monkeypatch):
-    monkeypatch.setattr("distill.data.label_rows", lambda rows, teacher: label.label_rows(rows, teacher, max_new_tokens=2))
+    monkeypatch.setattr("distill.data.label_rows", lambda rows, teacher, fresh: label.label_rows(rows, teacher, max_new_tokens=2))
     rows = [{"instruction": "Tell me the parity of 4322."}, {"instruction": "Write backwards the letters TNIG."}]
     prepared, written = prepare(project, rows, relabel_with_teacher=True, **loaded)
     assert [row["output"] for row in written] == ["even"] and prepared.dropped == {label.CUT_OFF: 1} and prepared.read == 2

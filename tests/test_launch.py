@@ -12,7 +12,7 @@ import psutil
 import pytest
 import standin_easydistill
 
-from distill import config, easydistill, launch, store, workplace
+from distill import config, easydistill, launch, machine, store, workplace
 from distill.checkpoint import RUN_RECORD, weight_hashes
 from distill.errors import ConfigError, DataError
 from distill.models import load_to_train
@@ -279,7 +279,7 @@ def test_what_only_the_built_in_engine_does_is_refused(refused, change, said):
 
 
 def test_bf16_is_refused_on_a_gpu_that_only_imitates_it(refused, monkeypatch):
-    monkeypatch.setattr(launch, "_gpu", lambda: {"name": "T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
+    monkeypatch.setattr(machine, "gpu", lambda: {"name": "T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
     assert "bf16 needs 8.0" in refused(bf16=True)[0] and refused(fp16=True) == []
 
 
@@ -315,16 +315,16 @@ def test_a_student_on_the_hub_is_looked_for_there_and_its_silence_blames_nobody(
 
 def test_a_student_too_large_for_the_memory_is_refused_with_both_figures(refused, monkeypatch, micro):
     assert launch.parameters_in(micro / "student_system1") == pytest.approx(665_000, rel=0.01)
-    monkeypatch.setattr(launch, "free_ram_gib", lambda: 0.005)
+    monkeypatch.setattr(machine, "free_ram_gib", lambda: 0.005)
     (problem,) = refused()
     assert "0.0 GiB" in problem and "16" not in problem and "lora_rank" in problem
     monkeypatch.setattr(launch, "parameters_in", lambda student: 1_500_000_000)
-    monkeypatch.setattr(launch, "_gpu", lambda: {"name": "Tesla T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
+    monkeypatch.setattr(machine, "gpu", lambda: {"name": "Tesla T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
     assert "takes 22.4 GiB" in refused()[0] and "(Tesla T4) has 14.1 GiB free" in refused()[0]
 
 
 def test_free_memory_is_known_on_linux():
-    assert launch.free_ram_gib() > 0.1
+    assert machine.free_ram_gib() > 0.1
 
 
 def test_every_setting_of_a_job_is_one_that_its_trl_knows(job):

@@ -107,7 +107,7 @@ def test_the_record_says_what_was_asked_for_and_what_was_chosen(lora_run):
     assert record["settings"]["lora_rank"] == {"value": 4, "origin": "yours"}
     assert record["chosen"]["precision"] == {"value": "fp32", "reason": "no GPU is visible"} and record["versions"]["peft"]
     log = (lora_run["run"] / "train.log").read_text()
-    assert "precision: fp32 (no GPU is visible)" in log and "weights: LoRA of rank 4 on all linear layers" in log
+    assert "precision: fp32 (no GPU is visible)" in log and "method: LoRA of rank 4" in log
 
 
 @pytest.fixture

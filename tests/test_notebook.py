@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CELLS = json.loads((ROOT / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = [(number, "".join(cell["source"])) for number, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 FIELDS = """
-    LAB_REPO TEACHER_MODEL STUDENT_SYS1 STUDENT_SYS2 FULL_RUN USE_MICRO_WORLD DATASET_SLICE_SYS1 DATASET_SLICE_SYS2 ROWS_SYS2
+    LAB_REPO PERSIST_TO TEACHER_MODEL STUDENT_SYS1 STUDENT_SYS2 FULL_RUN USE_MICRO_WORLD DATASET_SLICE_SYS1 DATASET_SLICE_SYS2 ROWS_SYS2
     RV_MIN RV_MAX CD_MIN CD_MAX LONG_SHARE EPOCHS_SYS1 EPOCHS_SYS2 BACKEND TEACHER ENDPOINT_URL ENDPOINT_MODEL COMPARE_PROMPTS
 """.split()  # noqa: SIM905
 SECRET = "hf_aSecretThatNobodyMayRead"

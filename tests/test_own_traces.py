@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,9 @@ def test_a_teachers_traces_are_a_source_that_system_2_is_prepared_from(project, 
     assert {row["id"] for row in store.read_rows(prepared.path)} == {row["id"] for row in rows}
     capsys.readouterr()
     own_traces.write_traces(str(micro / "teacher"), **source)
+    assert "the teacher's traces: done before, nothing has changed" in capsys.readouterr().out
+    Path(path).unlink()
+    own_traces.write_traces(str(micro / "teacher"), **source)
     assert "24 answered before" in capsys.readouterr().out  # nothing is asked twice
 
 
@@ -35,7 +39,7 @@ def test_as_many_questions_are_asked_as_wanted_each_once(project, tmp_path, monk
     file = tmp_path / "questions.jsonl"
     texts = ["One?", "One?", "", "Two?", None, "Three?", "Four?"]
     file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
-    asked, counts = own_traces._questions(own_traces.parse_sources(str(file), None, "train", own_traces.FIELDS), 3, seed=0)
+    asked, counts = own_traces._questions(own_traces.parse_sources(str(file), None, "train", own_traces.FIELDS), 3, seed=0, fresh=False)
     assert [row["instruction"] for row in asked.values()] == ["One?", "Two?", "Three?"]
     assert counts["read"] == 6 and counts["no question"] == 2 and sum(counts.values()) == 6 + 3
 

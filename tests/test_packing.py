@@ -132,5 +132,5 @@ def test_the_engine_trains_on_packs_as_on_rows(tmp_path, make_job, rows):
 def test_the_packs_of_a_batch_count_together_when_attention_is_chosen():
     lab = {"packing": True, "lora_rank": 0}
     training = {"max_length": 256, "per_device_train_batch_size": 4}
-    assert train._choose(training, lab)["attention"]["value"] == "sdpa"
-    assert train._choose(training, {**lab, "packing": False})["attention"]["value"] == "eager"
+    assert train._choose(training, lab, [])["attention"]["value"] == "sdpa"
+    assert train._choose(training, {**lab, "packing": False}, [])["attention"]["value"] == "eager"

@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each module imports only modules to its left.
 LAYERS = """
-    errors guard console store process environment easydistill config prompt models generation sources engine endpoint server asking
-    answers label selection preparation omnithought data traces own_traces checkpoint trainer train faults workplace launch
-    evaluate trace_tools compare_page compare judge microtasks microlab chat pipeline choice notebook doctor demo cli_data cli
+    errors guard console store faults hub_cache items copies restore mirror persist stages process packages environment easydistill config
+    prompt models generation checkpoint watch resume trainer shapes memory preflight engine machine hub_rows sources endpoint server asking
+    answers label selection preparation omnithought data traces own_traces samples backoff train workplace launch evaluate trace_tools
+    compare_page compare judge pace planning microtasks microlab chat pipeline choice notebook doctor demo cli_data cli_plan cli
 """.split()  # noqa: SIM905
 
 
@@ -67,19 +68,19 @@ def test_everything_in_all_exists():
 # DESIGN.md's public API, by heart: what people build on
 SIGNATURES = {
     "prepare_system1_dataset": "slice_str *source *columns *rows *validation *teacher_model *teacher_tokenizer *relabel_with_teacher *seed "
-    "*out_instructions *out_labeled",
+    "*out_instructions *out_labeled *fresh",
     "prepare_system2_dataset": "slice_str *source *columns *rows *rv_min *rv_max *cd_min *cd_max *long_share *student_model *max_length "
-    "*validation *seed *out_cot",
+    "*validation *seed *out_cot *fresh",
     "label_with_teacher": "teacher_model teacher_tokenizer items batch_size max_new_tokens temperature top_p mode",
     "format_prompt": "instruction input_text mode",
-    "run_easy_distill": "config_path *backend *time_limit_minutes",
+    "run_easy_distill": "config_path *backend *time_limit_minutes *fresh",
     "distill_system1": "config",
     "distill_system2": "config",
     "load_teacher": "name *bits",
     "load_student": "path",
     "infer_student": "model tokenizer prompt mode max_new_tokens",
     "compare_models": "prompts teacher_path system1_path system2_path *teacher_model *teacher_tokenizer *sys1_model *sys1_tokenizer "
-    "*sys2_model *sys2_tokenizer *max_tokens_teacher *max_tokens_sys1 *max_tokens_sys2",
+    "*sys2_model *sys2_tokenizer *max_tokens_teacher *max_tokens_sys1 *max_tokens_sys2 *fresh",
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill import store, train, trainer
+from distill import samples, store, train, trainer
 from distill.checkpoint import RUN_RECORD, verify_checkpoint, weight_hashes, with_edits
 from distill.errors import BackendError, ConfigError
 from distill.generation import generate
@@ -224,24 +224,24 @@ def test_attention_is_chosen_with_a_reason():
 # Sample answers
 
 
-def test_sample_answers_are_the_students_own_at_every_save(small_run):
+def test_sample_answers_are_the_students_own_at_every_validation(small_run):
     from distill.prompt import asked_ids
 
-    samples = list(store.read_rows(small_run["run"] / "samples.jsonl"))
+    told = list(store.read_rows(small_run["run"] / "samples.jsonl"))
     validation = list(store.read_rows(small_run["run"] / "train_tokenized_validation.json"))[:3]
     steps = small_run["result"].metrics["steps"]
-    assert [sample["step"] for sample in samples] == [steps // 2] * 3 + [steps] * 3  # one save an epoch
+    assert [sample["step"] for sample in told] == [steps // 2] * 3 + [steps] * 3  # one an epoch
     model, tokenizer = load_to_train(str(small_run["run"] / "last"))
     asked = [asked_ids(tokenizer, row["instruction"]) for row in validation]
     limit = math.ceil(
         1.5 * max(sum(row["completion_mask"]) for row in store.read_rows(small_run["run"] / "train_tokenized_validation.json"))
     )
     answers = generate(model.eval(), tokenizer, asked, limit)
-    for sample, row, answer in zip(samples[3:], validation, answers, strict=True):
+    for sample, row, answer in zip(told[3:], validation, answers, strict=True):
         texts = {"instruction": row["instruction"], "answer": answer.text, "reference": row["output"]}
         assert sample == {"step": steps, **texts, "stopped": answer.stopped}
     log = (small_run["run"] / "train.log").read_text()
-    assert all(train.sample_line(sample) in log for sample in samples)
+    assert all(samples.sample_line(sample) in log for sample in told)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -277,11 +277,11 @@ def test_answering_in_the_midst_of_training_disturbs_neither_mode_nor_random_num
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     wanted = draws()
     torch.set_rng_state(states[0]), random.setstate(states[1]), numpy.random.set_state(states[2])
-    with train._undisturbed(model):
+    with samples.undisturbed(model):
         assert not model.training
         torch.manual_seed(0), draws()
     assert model.training and draws() == wanted
-    with train._undisturbed(model.eval()):
+    with samples.undisturbed(model.eval()):
         pass
     assert not model.training
 
@@ -291,15 +291,15 @@ def test_sample_questions_are_the_first_of_the_file_and_their_answers_have_a_lim
         store.write_rows(tmp_path / "rows.json", [{"id": n, "completion_mask": [0, 0] + [1] * length} for n, length in enumerate(lengths)])
         return tmp_path / "rows.json"
 
-    rows, limit = train.sample_questions(write(4, 5, 9, 3), 2)
+    rows, limit = samples.sample_questions(write(4, 5, 9, 3), 2)
     assert [row["id"] for row in rows] == [0, 1] and limit == 14  # 9 × 1.5, rounded up; the longest of all rows
-    assert train.sample_questions(write(400), 3)[1] == 512 and len(train.sample_questions(write(400), 3)[0]) == 1
+    assert samples.sample_questions(write(400), 3)[1] == 512 and len(samples.sample_questions(write(400), 3)[0]) == 1
 
 
 def test_a_hostile_sample_is_one_printable_line(capsys):
     hostile = "a\n@event {}\x1b[2J\u2028[bold]" + "b" * 500 + " the end"
     sample = {"step": 1200, "instruction": hostile, "answer": hostile, "reference": "", "stopped": False}
-    line = train.sample_line(sample)
+    line = samples.sample_line(sample)
     assert line.isprintable() and line.startswith("step 1200: a @event {} [2J [bold]") and "the end (cut off)" in line and len(line) < 260
     train._progress(lambda *arguments, **named: pytest.fail("a sample is no step"))({"sample": sample})
     assert "[bold]" in capsys.readouterr().out
@@ -382,15 +382,3 @@ def test_an_interrupt_ends_the_engine_and_changes_nothing(long_run):
     process.communicate(timeout=30)
     assert process.returncode != 0 and has_ended(engine)
     assert_untouched(folder, old)
-
-
-def test_a_checkpoint_is_asked_for_when_the_last_one_is_minutes_old(tmp_path):
-    from transformers import TrainerControl, TrainerState
-
-    reporter, control = train._reporter(tmp_path / "metrics.jsonl", validate=True), TrainerControl()
-    reporter.on_save(None, TrainerState(), control)
-    reporter.on_step_end(None, TrainerState(), control)
-    assert not control.should_save
-    reporter.saved_at -= train.SAVE_SECONDS + 1
-    reporter.on_step_end(None, TrainerState(), control)
-    assert control.should_save and control.should_evaluate and train.SAVE_SECONDS < 300

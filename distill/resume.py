@@ -1,0 +1,305 @@
+"""Training checkpoints that a killed training goes on from: sealed with checksums, found again, kept as long as they serve.
+
+A training that goes on ends, on a CPU, with the weights and figures of one that was never interrupted, bit for bit. So a checkpoint
+holds, besides transformers' own state, the sums that a logged figure is made of; and what is saved by the clock is saved for going on
+alone: it is never evaluated and never a candidate for the best checkpoint.
+"""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+from . import store
+from .errors import BackendError, DataError
+from .watch import Figures, Watch
+
+SAVE_SECONDS = 180  # the most between two saves: leaves two of the five minutes for a validation and the saving itself
+SHORTEST_SAVE_SECONDS = 10
+SAVING_SHARE = 0.05
+KEPT = 2  # the last ones, besides the best: one that a kill left half-written must not be the only one
+STATE = "lab_state.json"
+PICKLE = "training_args.bin"
+NOT_THE_MODEL = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", STATE, store.MANIFEST)
+
+
+def pause_after(save_seconds: float) -> tuple[float, str]:
+    """Seconds from one save to the next, where one takes `save_seconds`; and why."""
+    wanted = save_seconds * (1 / SAVING_SHARE - 1)
+    pause = min(SAVE_SECONDS, max(SHORTEST_SAVE_SECONDS, wanted))
+    if wanted > SAVE_SECONDS:
+        return pause, f"a save takes {save_seconds:.1f} s, and no more work than that may be lost"
+    return pause, f"a save takes {save_seconds:.1f} s, at most {SAVING_SHARE:.0%} of the time"
+
+
+# Finding
+
+
+def claim(checkpoints: Path, key: str) -> tuple[Path | None, list[str]]:
+    """The training checkpoint to go on from, and what is to be said of those that cannot be used; what is newer is removed.
+
+    key  the job's `checkpoint.resume_key`; a checkpoint of another key is of another job
+    """
+    problems = []
+    for folder in reversed(saved(checkpoints)):
+        problem = _problem(folder, key) or _problem_of_best(folder, key)
+        if not problem:
+            return folder, problems
+        problems.append(f"{folder.name} cannot be gone on from: {problem}")
+        shutil.rmtree(folder)
+    return None, problems
+
+
+def saved(checkpoints: Path) -> list[Path]:
+    """The training checkpoints in a folder, by step."""
+    return sorted(checkpoints.glob("checkpoint-[0-9]*"), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a training checkpoint was saved."""
+    return int(re.fullmatch(r"checkpoint-(\d+)", folder.name)[1])
+
+
+def _problem(folder: Path, key: str) -> str | None:
+    try:
+        manifest = store.read_manifest(folder)
+    except DataError as error:
+        return str(error)
+    if manifest is None:
+        return "it was not saved to its end." if folder.is_dir() else "it is missing."
+    return None if manifest.get("resume_key") == key else "another job made it."
+
+
+def _problem_of_best(folder: Path, key: str) -> str | None:
+    """What is wrong with the best checkpoint so far, which the training may publish."""
+    best = _best_of(folder)
+    if best in (None, step_of(folder)):
+        return None
+    problem = _problem(folder.with_name(f"checkpoint-{best}"), key)
+    return problem and f"the best one so far is checkpoint-{best}, and {problem}"
+
+
+def _best_of(folder: Path) -> int | None:
+    """The step of the best checkpoint so far, by a training checkpoint."""
+    return store.read_json(folder / "trainer_state.json")["best_global_step"]
+
+
+def cut_off(journal: Path, step: int) -> int:
+    """Take off a journal what is behind a step, so that it reads as if the training had not gone further. Returns its last step before.
+
+    What stands behind a damaged line is taken off too: no checkpoint depends on these figures.
+    """
+    if not journal.is_file():
+        return 0
+    entries = [_entry(line) for line in journal.read_bytes().rpartition(b"\n")[0].splitlines()]
+    intact = entries
+    if None in entries:
+        intact = entries[: entries.index(None)]
+        print(f"{store.shown(journal)}: line {len(intact) + 1:,} is damaged; it and what follows it is dropped")
+    kept = [entry for entry in intact if entry["step"] <= step and "train_runtime" not in entry]
+    if kept:
+        store.write_jsonl(journal, kept)
+    else:
+        journal.unlink()
+    return max((entry["step"] for entry in entries if entry), default=0)
+
+
+def _entry(line: bytes) -> dict | None:
+    """What a journal's line holds; None where it is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+# Saving
+
+
+class ResumableTrainer:
+    """What TRL's SFTTrainer lacks to be killed at any moment, to run out of memory and to notice bad numbers; stands before it as a base.
+
+    resume_key  of the job, sealed into every checkpoint
+    kept        how many of the last checkpoints are kept, besides the best
+    """
+
+    resume_key = ""
+    kept = KEPT
+
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.began = self.saved_at = time.monotonic()
+        self.pause_seconds: float = SHORTEST_SAVE_SECONDS
+        self.seconds_before, self.sessions = 0.0, []
+        self.step_loss = self.step_norm = self.sums_before_step = None
+        self.stepped, self.in_step, self.has_saved = 0, False, False
+        self.add_callback(_beginning(self))
+
+    def begin(self) -> None:
+        """Go on where the checkpoint stood that is resumed from; called when transformers has set everything to the beginning."""
+        state, folder = {}, self._folder_of(self.state.global_step)
+        if self.state.global_step:
+            state = store.read_json(folder / STATE)
+            self._set_sums(state["sums"])
+            self._initial_global_step = 0
+            if best := self.state.best_global_step:  # the folder may have been moved since
+                self.state.best_model_checkpoint = str(self._folder_of(best))
+        self.seconds_before = state.get("seconds", 0.0)
+        self.sessions = [*state.get("sessions", []), self.state.global_step]
+        self.stepped, self.began = self.state.global_step, time.monotonic()
+        self.saved_at = self.began
+        self.watch = Watch(self.args.learning_rate, self._some_weights, self.args.fp16, state.get("moved", False))
+
+    def _seconds_until(self, moment: float) -> float:
+        """Seconds that all sessions have trained until a moment of the monotonic clock."""
+        return self.seconds_before + moment - self.began
+
+    def _folder_of(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    # Figures that are summed up between two logged lines; transformers and TRL forget them
+
+    def _sums(self) -> dict:
+        return {
+            "loss": self._tr_loss.clone(),
+            "loss_total": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+            "operations": self.current_flos,
+        }
+
+    def _set_sums(self, sums: dict) -> None:
+        self._tr_loss = 0 * self._tr_loss + sums["loss"]
+        self._total_loss_scalar, self._globalstep_last_logged = sums["loss_total"], sums["logged_step"]
+        self._metrics["train"].clear()
+        self._metrics["train"].update(sums["metrics"])
+        self._total_train_tokens, self.current_flos = sums["tokens"], sums["operations"]
+
+    # A step
+
+    def get_batch_samples(self, *arguments, **named):
+        """The first thing in a step: what is summed up then is what a training without this step would have."""
+        found = super().get_batch_samples(*arguments, **named)
+        self.sums_before_step, self.step_loss, self.in_step = self._sums(), 0.0, True
+        return found
+
+    def training_step(self, *arguments, **named):
+        """One micro-batch, forward and backward."""
+        loss = super().training_step(*arguments, **named)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, *arguments, **named):
+        self.step_norm = super()._get_grad_norm(*arguments, **named)
+        self.in_step = False  # the optimizer comes next
+        return self.step_norm
+
+    def _maybe_log_save_evaluate(self, *arguments, learning_rate=None, **named) -> None:
+        """What follows each step, and each epoch."""
+        if self.state.global_step > self.stepped:
+            self.stepped = self.state.global_step
+            skipped = self.accelerator.optimizer_step_was_skipped
+            if self.watch.add(Figures(self.stepped, self.step_loss, self.step_norm, learning_rate, skipped)):
+                self._look()
+            if self._is_time_to_save():
+                self._look()
+                self.control.should_save |= not self.watch.uneasy
+        super()._maybe_log_save_evaluate(*arguments, learning_rate=learning_rate, **named)
+
+    def _is_time_to_save(self) -> bool:
+        """Whether the clock asks for a save; never at an epoch's or the training's end, whose own save and evaluation would be skipped."""
+        at_an_end = self.state.epoch % 1 == 0 or self.control.should_training_stop
+        return not at_an_end and time.monotonic() - self.saved_at >= self.pause_seconds
+
+    def _look(self) -> None:
+        scaler = self.accelerator.scaler
+        if problem := self.watch.look(scaler.get_scale() if scaler else None):
+            raise BackendError(f"The training was stopped at step {self.stepped}: {problem}.")
+
+    def _some_weights(self) -> list[float]:
+        """Up to 64 values of each tensor that is trained."""
+        import torch
+
+        trained = (parameter.detach().flatten() for parameter in self.model.parameters() if parameter.requires_grad)
+        return torch.cat([values[:: max(1, len(values) // 64)][:64].float() for values in trained]).tolist()
+
+    # A save
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save, seal, and only then remove what is not needed any more."""
+        self._look()
+        started, folder = time.monotonic(), self._folder_of(self.state.global_step)
+        shutil.rmtree(folder, ignore_errors=True)
+        super()._save_checkpoint(model, trial)
+        (folder / PICKLE).unlink(missing_ok=True)
+        sums = self._sums()
+        state = {
+            "seconds": round(self._seconds_until(started), 3),
+            "sessions": self.sessions,
+            "moved": self.watch.moved,
+            "sums": {**sums, "loss": sums["loss"].item()},
+        }
+        store.write_json(folder / STATE, state)
+        store.write_manifest(folder, {"resume_key": self.resume_key})
+        self._rotate()
+        self.saved_at = time.monotonic()
+        self.pause_seconds, reason = pause_after(self.saved_at - started)
+        if not self.has_saved:
+            print(f"saves by the clock: every {self.pause_seconds:.0f} s ({reason})")
+        self.has_saved = True
+
+    def rescue(self) -> None:
+        """Save the last finished step after a forward or backward has run out of memory; elsewhere the weights may be half of a step's."""
+        self.model.zero_grad(set_to_none=True)
+        is_saved = (self._folder_of(self.state.global_step) / store.MANIFEST).is_file()
+        if self.in_step and self.state.global_step and not is_saved:
+            self._set_sums(self.sums_before_step)
+            self._save_checkpoint(self.model, None)
+
+    def _rotate(self) -> None:
+        """Keep the last checkpoints, and those that were the best by one of them: it may have to serve without its successor."""
+        folders = saved(Path(self.args.output_dir))
+        best = {_best_of(folder) for folder in folders[-self.kept :]}
+        for folder in folders[: -self.kept]:
+            if step_of(folder) not in best:
+                shutil.rmtree(folder)
+
+    # What transformers does otherwise
+
+    def _run_epoch(self, **named) -> None:
+        if self.state.global_step < self.state.max_steps:  # killed between the last step and the publication; it would add a step
+            super()._run_epoch(**named)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # transformers takes the difference of two wall-clock times, and that clock may have been set back in between
+        return super()._finalize_training(trial, num_train_samples, time.time() - self._seconds_until(time.monotonic()))
+
+    def _load_scaler(self, checkpoint) -> None:
+        if self.accelerator.scaler:  # none where another GPU goes on in bf16
+            super()._load_scaler(checkpoint)
+
+    def prediction_step(self, model, inputs, *arguments, **named):
+        """One batch of a validation; its tokens are counted."""
+        found = super().prediction_step(model, inputs, *arguments, **named)
+        self.validated.append((found[0], (inputs["labels"][..., 1:] != -100).sum()))
+        return found
+
+    def evaluation_loop(self, *arguments, **named):
+        """A validation, whose loss is the mean over all tokens: a mean of batches' means would go by how many rows fit into memory."""
+        self.validated = []
+        output = super().evaluation_loop(*arguments, **named)
+        tokens = sum(count.item() for _, count in self.validated)
+        output.metrics["eval_loss"] = sum(loss.item() * count.item() for loss, count in self.validated) / tokens
+        return output
+
+
+def _beginning(trainer: ResumableTrainer):
+    from transformers import TrainerCallback
+
+    class Beginning(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.begin()
+
+    return Beginning()
