@@ -93,7 +93,7 @@ def _failure(ended, log: Path, known: str | None) -> BackendError:
     """The error for a training that failed: what the engine said of it, else how it ended and the end of its log."""
     if not known:
         return engine.failure("Training", ended, log)
-    kept = resume.saved(log.parent / "checkpoints")
+    kept = [folder for folder in resume.saved(log.parent / "checkpoints") if (folder / store.MANIFEST).is_file()]
     stays = f"\nThe last good training checkpoint is {store.shown(kept[-1])}." if kept else ""
     return BackendError(f"Training failed: {known}{stays}\nThe log: {store.shown(log)}")
 

@@ -4,6 +4,7 @@ docs/faults.md lists every fault with its test; those that have one elsewhere ar
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,12 +18,13 @@ import standin_easydistill
 from conftest import REPOSITORY
 from fault_tools import COMMIT, Disk, Fault, Hub, flip, tree, truncate
 
-from distill import answers, compare, config, easydistill, hub_rows, label, models, resume, store, workplace
+from distill import answers, compare, config, easydistill, hub_rows, label, models, pipeline, resume, store, workplace
 from distill.checkpoint import weight_hashes
 from distill.data import check_labeled, prepare_system1_dataset
-from distill.errors import ConfigError, DataError, DistillError
+from distill.errors import ConfigError, DataError, DistillError, PreflightError
 from distill.models import RUN_RECORD
 from distill.pipeline import distill_system1, run_easy_distill, write_system1_config
+from distill.preflight import Machine
 
 STUDENT = REPOSITORY / "data" / "micro" / "student_system1"
 FULL = r"Cannot write (?P<place>\S+): No space left on device\. .*free some space"
@@ -125,9 +127,13 @@ def test_where_the_disk_is_full_midway_old_and_new_rows_are_whole_and_never_take
             check_labeled("data/labeled.json", "system1")
 
 
-def test_a_full_disk_is_named_at_every_write_of_a_job_and_leaves_all_as_it_was(project):
+def test_a_full_disk_is_named_at_every_write_of_a_job_and_leaves_all_as_it_was(project, monkeypatch):
     with Disk(project, 1024) as disk:
         store.write_rows("rows.json", ROWS[:12])
+        with pytest.raises(PreflightError, match=r"Training needs .* GiB of disk .* Free some space"):
+            write_system1_config(SETTINGS)
+        assert [path.name for path in project.iterdir()] == ["rows.json"]
+        monkeypatch.setattr(pipeline, "this_machine", lambda: Machine("a CPU", math.inf))  # whose disk is not known
         store.write_json("job.json", {"job_type": "an older one"})
         before = tree(project)
 

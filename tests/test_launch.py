@@ -302,7 +302,7 @@ def test_a_student_that_its_transformers_does_not_know_is_refused(refused, tmp_p
 def test_a_student_without_safetensors_is_no_student_and_one_of_other_names_is_refused(refused, tmp_path, micro):
     bare = copy_of(micro / "student_system1", tmp_path / "bare")
     (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="Invalid student model: .*no weights"):
+    with pytest.raises(ConfigError, match="Invalid student model: .*holds only a pickle"):
         refused(student=bare)
     (bare / "pytorch_model.bin").rename(bare / "other.safetensors")
     assert "other names than model.safetensors" in refused(student=bare)[0]
@@ -373,7 +373,7 @@ def test_the_bar_shows_loss_while_steps_go_by(tmp_path):
 def test_what_a_container_keeps_of_files_counts_as_free(monkeypatch, tmp_path):
     stat = tmp_path / "memory.stat"
     stat.write_text("anon 100\ninactive_file 4096\nactive_file 7\n")
-    assert launch._reclaimable(stat) == 4096 and launch._reclaimable(tmp_path / "none") == 0
+    assert machine._reclaimable(stat) == 4096 and machine._reclaimable(tmp_path / "none") == 0
 
 
 def test_a_large_figure_is_read_whole():

@@ -191,7 +191,12 @@ def test_fp16_without_a_gpu_ends_with_the_reason_and_no_checkpoint(tmp_path, mak
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is visible")
-    job = make_job(tmp_path, prepared_rows[:4], fp16=True, max_steps=1)
+    with pytest.raises(ConfigError, match="training.fp16 = true: no GPU is visible"):
+        make_job(tmp_path, prepared_rows[:4], fp16=True, max_steps=1)
+    job = make_job(tmp_path, prepared_rows[:4], max_steps=1)
+    edited = store.read_json(job)
+    edited["training"]["fp16"] = True
+    store.write_json(job, edited)
     with pytest.raises(BackendError, match="ConfigError: training.fp16 = true: no GPU is visible"):
         train.run(job, tmp_path / "run", "test")
     assert not (tmp_path / "out").exists()
