@@ -8,9 +8,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from . import checkpoint, data, easydistill, launch, models, preflight, shapes, stages, store, train
+from . import checkpoint, data, easydistill, launch, models, preflight, resume, shapes, stages, store, train
 from .config import BACKENDS, RUN, Settings, backend_problem, build_job, read_job, resolve
 from .console import say, table
 from .errors import BackendError, ConfigError, DataError
@@ -57,7 +58,7 @@ def _distill(system: str, user: Mapping | None) -> str:
     chosen = choose_backend(build_job(settings, Path(values["labeled_path"])), values["backend"])  # refuses before anything is written
     with store.lock(values["out_dir"]):
         job = read_job(_write_job_alone(system, settings))
-        return _run(job, _still(chosen, job), **{name: values[name] for name in RUN if name in values}).checkpoint
+        return _run(job, values["backend"], _still(chosen, job), **{name: values[name] for name in RUN if name in values}).checkpoint
 
 
 def run_easy_distill(
@@ -73,20 +74,48 @@ def run_easy_distill(
     job = read_job(config_path)
     chosen = choose_backend(job, backend)
     with store.lock(job["training"]["output_dir"]):
-        return _run(job, chosen, time_limit_minutes=time_limit_minutes, fresh=fresh)
+        return _run(job, backend, chosen, time_limit_minutes=time_limit_minutes, fresh=fresh)
 
 
-def _run(job: dict, chosen: tuple, *, time_limit_minutes: float | None = None, fresh: bool = False, fall_back: bool = False) -> TrainResult:
+def _run(
+    job: dict, asked: str, chosen: tuple, *, time_limit_minutes: float | None = None, fresh: bool = False, fall_back: bool = False
+) -> TrainResult:
     """Train a job with the backend of `choose_backend`; the lock of its `out_dir` is held.
 
+    asked      the backend that was asked for; under "auto", what the other one made or began is not made again
     fall_back  where EasyDistill fails, let the built-in engine train
     """
-    installation, reason = chosen
     checkpoint.check_out_dir(job["training"]["output_dir"])
     _check_tokens(job, models.check_student(job["models"]["student"]))
-    run_folder, limit_seconds = _run_folder_of(job), time_limit_minutes and 60 * time_limit_minutes
-    if fresh:
-        shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
+    run_folder = _run_folder_of(job)
+    with store.lock(run_folder):
+        if fresh:
+            shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
+        elif done := _done(job, chosen, asked == "auto" or fall_back):
+            return done
+        if chosen[0] and asked == "auto" and resume.saved(run_folder / "checkpoints"):
+            chosen = None, "an earlier session's training goes on"
+        return _train_or_fall_back(job, run_folder, chosen, time_limit_minutes and 60 * time_limit_minutes, fresh, fall_back)
+
+
+def _done(job: dict, chosen: tuple, by_either: bool) -> TrainResult | None:
+    """The checkpoint that stands at a job's `out_dir` where this job was finished; None where it was not.
+
+    by_either  whatever backend made it counts, not only the one that was chosen
+    """
+    backend, out_dir = "easydistill" if chosen[0] else "builtin", Path(job["training"]["output_dir"])
+    for maker in ("builtin", "easydistill") if by_either else (backend,):
+        if record := train.finished(job, maker):
+            say(f"training of {out_dir.name}: done before, nothing has changed ({store.shown(out_dir)})")
+            log = str(_run_folder_of(job) / "train.log")
+            return TrainResult(str(out_dir), maker, "done before", 0.0, record["metrics"], log, reused=True)
+    return None
+
+
+def _train_or_fall_back(
+    job: dict, run_folder: Path, chosen: tuple, limit_seconds: float | None, fresh: bool, fall_back: bool
+) -> TrainResult:
+    installation, reason = chosen
     try:
         return _train(job, run_folder, installation, reason, limit_seconds, fresh)
     except BackendError as error:
@@ -101,12 +130,9 @@ def _run(job: dict, chosen: tuple, *, time_limit_minutes: float | None = None, f
 def _train(
     job: dict, run_folder: Path, installation: easydistill.Installation | None, reason: str, limit_seconds: float | None, fresh: bool
 ) -> TrainResult:
-    """Train with one backend, unless that is done."""
+    """Train with one backend."""
     backend, out_dir, log = "easydistill" if installation else "builtin", Path(job["training"]["output_dir"]), run_folder / "train.log"
     say(f"backend: {backend} ({reason})")
-    if not fresh and (record := train.finished(job, backend)):
-        say(f"training of {out_dir.name}: done before, nothing has changed ({store.shown(out_dir)})")
-        return TrainResult(str(out_dir), backend, reason, 0.0, record["metrics"], str(log), reused=True)
     if why := "that is asked for" if fresh else _why_anew(job, out_dir):
         say(f"training of {out_dir.name}: made anew, since {why}")
     if installation and log.is_file():
@@ -184,7 +210,7 @@ def _write_job_alone(system: str, settings: Settings) -> str:
         with _made(_run_folder(system, settings), values.get("fresh", False)) as run_folder:
             tokens = run_folder / "train_tokenized.json"
             counts = _tokenize(system, values, tokenizer, tokens)
-            settings, fit = _fitted(settings, counts["train"]["longest"], run_folder / "plan.json")
+            settings, fit = _fitted(settings, counts["train"]["longest"], run_folder)
             show_settings(settings)
             plan = {"mode": system, "settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
             store.write_json(run_folder / "plan.json", {**plan, "preflight": fit})
@@ -193,21 +219,46 @@ def _write_job_alone(system: str, settings: Settings) -> str:
     return str(job_path)
 
 
-def _fitted(settings: Settings, longest_tokens: int, plan: Path) -> tuple[Settings, dict]:
+def _fitted(settings: Settings, longest_tokens: int, run_folder: Path) -> tuple[Settings, dict]:
     """Settings that fit this machine; and what was chosen, shown: name → {"value", "reason"}.
 
-    plan  of the run's earlier session, where there was one: what that changed is tried first, so that its training can go on
+    A run that was finished or begun keeps what decides its weights, whatever machine this is.
     """
+    out_dir = Path(settings.values["out_dir"])
+    begun, is_finished = _begun(run_folder), _is_of(run_folder, out_dir)
+    if is_finished:
+        origins = settings.origins | dict.fromkeys(begun, preflight.ORIGIN)
+        return Settings(settings.values | begun, origins, settings.notes), {}
     try:
         shape, _ = shapes.find_shape(settings.values["student_model"])
     except ConfigError as error:
         say(f"note: {error} So its memory is not checked.")
         return settings, {}
-    before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
-    before = {name: setting["value"] for name, setting in before.items() if setting["origin"] == preflight.ORIGIN}
-    fit = preflight.choose(settings, shape, longest_tokens, this_machine(), before=before)
+    machine, mine = this_machine(), _gib_in(run_folder, out_dir, out_dir.with_name(out_dir.name + ".previous"))
+    machine = replace(machine, free_disk_gib=machine.free_disk_gib + mine)  # what a rerun takes the place of
+    begun = begun if resume.saved(run_folder / "checkpoints") else None
+    fit = preflight.choose(settings, shape, longest_tokens, machine, begun=begun)
     table("What fits", ["choice", "value", "why"], [[name, str(value), reason] for name, (value, reason) in fit.chosen.items()])
     return fit.settings, {name: {"value": value, "reason": reason} for name, (value, reason) in fit.chosen.items()}
+
+
+def _begun(run_folder: Path) -> dict:
+    """What the machine of a run's earlier session had changed of the settings that decide the weights; empty where there was none."""
+    plan = run_folder / "plan.json"
+    before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
+    changed = {name: setting["value"] for name, setting in before.items() if setting["origin"] == preflight.ORIGIN}
+    return {name: value for name, value in changed.items() if name in preflight.LEARNT}
+
+
+def _is_of(run_folder: Path, out_dir: Path) -> bool:
+    """Whether the checkpoint at `out_dir` is a run's, by its record."""
+    job = checkpoint.recorded(out_dir, "job")
+    return bool(job) and _run_folder_of(job).name == run_folder.name and store.is_file(run_folder / "plan.json")
+
+
+def _gib_in(*folders: Path) -> float:
+    """How much files in some folders take."""
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) / 2**30
 
 
 def _run_folder(system: str, settings: Settings) -> Path:
@@ -222,9 +273,13 @@ def _run_folder(system: str, settings: Settings) -> Path:
 
 @contextmanager
 def _made(folder: Path, fresh: bool):
-    """Yield a run's folder, made where it is not there, and emptied where `fresh`; one that was made is gone if the block raises."""
+    """Yield a run's folder, made where it is not there, or anew where `fresh`; all is as it was if the block raises."""
+    former = folder.with_name(f"{folder.name}.former")
+    if former.exists() and not folder.exists():  # a kill came between
+        former.rename(folder)
     if fresh and folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
     is_new = not folder.exists()
     store.make_folder(folder)
     try:
@@ -232,9 +287,12 @@ def _made(folder: Path, fresh: bool):
     except BaseException:
         if is_new:
             shutil.rmtree(folder)
+        if former.exists():
+            former.rename(folder)
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
         raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _tokenize(system: str, values: dict, tokenizer, tokens: Path) -> dict:

@@ -15,6 +15,9 @@ from .shapes import Shape
 from .trainer import attention_on, precision_on
 
 ORIGIN = "preflight"  # of a setting that was changed
+# of what it may change, what decides the weights
+LEARNT = {"lora_rank", "lora_alpha", "lora_dropout", "quantize_bits", "optim", "learning_rate"}
+BEGUN = "The training was begun with these settings and can go on with no others; fresh = true begins it anew, with what fits."
 LORA_RANK = 16
 LORA_LEARNING_RATE = 10  # times that of full fine-tuning, for a pretrained student
 EIGHT_BIT = "adamw_bnb_8bit"
@@ -106,7 +109,7 @@ class Fit:
 
 
 def choose(
-    settings: Settings, shape: Shape, longest_tokens: int, machine: Machine, download_bytes: int = 0, before: dict | None = None
+    settings: Settings, shape: Shape, longest_tokens: int, machine: Machine, download_bytes: int = 0, begun: dict | None = None
 ) -> Fit:
     """The settings to train with: as asked where that fits, else the first that does of a fixed order, each with its reason.
 
@@ -114,15 +117,18 @@ def choose(
 
     longest_tokens  of the longest row that is trained on
     download_bytes  of models that the hub's cache does not hold yet
-    before          what an earlier session of the run changed: taken where it fits still, so that its training can go on
+    begun           what was changed when the training that is to go on was begun: it and all else that decides the weights stays; None
+                    for a training that begins
     Raises PreflightError with the figures, and the nearest settings that fit, where yours leave none.
     """
-    yours = {name for name, origin in settings.origins.items() if origin == "yours"}
+    if begun is not None:
+        settings = Settings(settings.values | begun, settings.origins | dict.fromkeys(begun, ORIGIN), settings.notes)
+    yours = {name for name, origin in settings.origins.items() if origin == "yours"} | (LEARNT if begun is not None else set())
     asked = _need(settings.values, shape, longest_tokens, machine)
-    attempts = [*([before] if before and not yours & before.keys() else []), *_attempts(settings.values, yours)]
-    found = _first_fit(settings.values, attempts, shape, longest_tokens, machine)
+    found = _first_fit(settings.values, _attempts(settings.values, yours), shape, longest_tokens, machine)
     disk = disk_need(shape, as_trained(settings.values | (found or {}), longest_tokens, machine), download_bytes)
     problems = [] if found is not None else [_memory_problem(settings.values, asked, shape, longest_tokens, machine)]
+    problems += [BEGUN] if problems and begun is not None else []
     problems += [_disk_problem(disk, machine)] if disk.gib > machine.free_disk_gib else []
     if problems:
         raise PreflightError("\n".join(problems))
@@ -191,7 +197,8 @@ def _chosen(values: dict, origins: dict, changes: dict, asked: Need, need: Need,
     def reason(*names: str) -> str:
         if any(name in changes for name in names):
             return why
-        return next((origins[name] for name in names if name in origins), "default")
+        origin = next((origins[name] for name in names if name in origins), "default")
+        return "as the training was begun" if origin == ORIGIN else origin
 
     rows, passes = values.get("per_device_train_batch_size", DEFAULT_MICRO_BATCH), values.get("gradient_accumulation_steps", 1)
     chosen = {

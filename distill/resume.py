@@ -134,6 +134,7 @@ class ResumableTrainer:
         self.seconds_before, self.sessions = 0.0, []
         self.step_loss = self.step_norm = self.sums_before_step = None
         self.stepped, self.in_step, self.has_saved = 0, False, False
+        self.unsealed: list[Path] = []  # saved when the watch was uneasy
         self.add_callback(_beginning(self))
 
     def begin(self) -> None:
@@ -149,7 +150,8 @@ class ResumableTrainer:
         self.sessions = [*state.get("sessions", []), self.state.global_step]
         self.stepped, self.began = self.state.global_step, time.monotonic()
         self.saved_at = self.began
-        self.watch = Watch(self.args.learning_rate, self._some_weights, self.args.fp16, state.get("moved", False))
+        seen = {"moved": state.get("moved", False), "levels": state.get("levels", {})}
+        self.watch = Watch(self.args.learning_rate, self._some_weights, self.args.fp16, **seen)
 
     def _seconds_until(self, moment: float) -> float:
         """Seconds that all sessions have trained until a moment of the monotonic clock."""
@@ -201,7 +203,7 @@ class ResumableTrainer:
         if self.state.global_step > self.stepped:
             self.stepped = self.state.global_step
             skipped = self.accelerator.optimizer_step_was_skipped
-            if self.watch.add(Figures(self.stepped, self.step_loss, self.step_norm, learning_rate, skipped)):
+            if self.watch.add(Figures(self.stepped, self.step_loss, self.step_norm, learning_rate, skipped)) or self.unsealed:
                 self._look()
             if self._is_time_to_save():
                 self._look()
@@ -217,6 +219,8 @@ class ResumableTrainer:
         scaler = self.accelerator.scaler
         if problem := self.watch.look(scaler.get_scale() if scaler else None):
             raise BackendError(f"The training was stopped at step {self.stepped}: {problem}.")
+        if self.unsealed and not self.watch.uneasy:
+            self._seal()
 
     def _some_weights(self) -> list[float]:
         """Up to 64 values of each tensor that is trained."""
@@ -228,7 +232,10 @@ class ResumableTrainer:
     # A save
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save, seal, and only then remove what is not needed any more."""
+        """Save, seal, and only then remove what is not needed any more.
+
+        What is saved when the watch is uneasy is sealed once that has passed: until then nobody goes on from it.
+        """
         self._look()
         started, folder = time.monotonic(), self._folder_of(self.state.global_step)
         shutil.rmtree(folder, ignore_errors=True)
@@ -239,16 +246,24 @@ class ResumableTrainer:
             "seconds": round(self._seconds_until(started), 3),
             "sessions": self.sessions,
             "moved": self.watch.moved,
+            "levels": self.watch.levels,
             "sums": {**sums, "loss": sums["loss"].item()},
         }
         store.write_json(folder / STATE, state)
-        store.write_manifest(folder, {"resume_key": self.resume_key})
-        self._rotate()
+        self.unsealed.append(folder)
+        if not self.watch.uneasy:
+            self._seal()
         self.saved_at = time.monotonic()
         self.pause_seconds, reason = pause_after(self.saved_at - started)
         if not self.has_saved:
             print(f"saves by the clock: every {self.pause_seconds:.0f} s ({reason})")
         self.has_saved = True
+
+    def _seal(self) -> None:
+        for folder in self.unsealed:
+            store.write_manifest(folder, {"resume_key": self.resume_key})
+        self.unsealed.clear()
+        self._rotate()
 
     def rescue(self) -> None:
         """Save the last finished step after a forward or backward has run out of memory; elsewhere the weights may be half of a step's."""
@@ -260,7 +275,7 @@ class ResumableTrainer:
 
     def _rotate(self) -> None:
         """Keep the last checkpoints, and those that were the best by one of them: it may have to serve without its successor."""
-        folders = saved(Path(self.args.output_dir))
+        folders = [folder for folder in saved(Path(self.args.output_dir)) if (folder / store.MANIFEST).is_file()]
         best = {_best_of(folder) for folder in folders[-self.kept :]}
         for folder in folders[: -self.kept]:
             if step_of(folder) not in best:

@@ -7,8 +7,9 @@ that is damaged is saved.
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 LOOK_STEPS = 5
 USUAL_STEPS = 50  # whose median is what is usual
@@ -36,12 +37,19 @@ class Figures:
 
 
 class _Level:
-    """What is usual of a figure, and for how many steps in a row it has been far above that."""
+    """What is usual of a figure, and for how many steps in a row it has been far above that.
 
-    def __init__(self, name: str) -> None:
+    state  that of an earlier session's level
+    """
+
+    def __init__(self, name: str, state: dict) -> None:
         self.name, (self.ratio, self.floor) = name, EXPLODED[name]
-        self.values: deque[float] = deque(maxlen=USUAL_STEPS)
-        self.above = 0
+        self.values: deque[float] = deque(state.get("values", ()), maxlen=USUAL_STEPS)
+        self.above = state.get("above", 0)
+
+    @property
+    def state(self) -> dict:
+        return {"values": list(self.values), "above": self.above}
 
     def add(self, value: float, step: int) -> str | None:
         """Take a finite value. Returns in words that it explodes."""
@@ -61,13 +69,21 @@ class Watch:
     weights    gives some values of the trained weights, the same ones each time
     fp16       whether a gradient scaler is at work, to which infinite gradients are a part of its search
     moved      whether an earlier session has seen the weights move
+    levels     what was usual in an earlier session, as its `levels` said: an explosion must not become usual by going on in its midst
     """
 
-    def __init__(self, peak_rate: float, weights: Callable[[], Sequence[float]], fp16: bool = False, moved: bool = False) -> None:
+    def __init__(
+        self,
+        peak_rate: float,
+        weights: Callable[[], Sequence[float]],
+        fp16: bool = False,
+        moved: bool = False,
+        levels: Mapping[str, dict] = MappingProxyType({}),
+    ) -> None:
         self.peak_rate, self.weights, self.fp16, self.moved = peak_rate, weights, fp16, moved
         self.first = None if moved else weights()
         self.losses: list[float] = []  # of the steps that should have moved the weights
-        self.loss, self.norm = _Level("loss"), _Level("gradient norm")
+        self.loss, self.norm = (_Level(name, levels.get(name, {})) for name in ("loss", "gradient norm"))
         self.skipped = 0  # steps in a row
         self.last_good = "none before it"
         self.pending: list[Figures] = []
@@ -98,6 +114,11 @@ class Watch:
     def uneasy(self) -> bool:
         """Whether the last steps may be the first of something that goes wrong: no state to go on from."""
         return bool(self.loss.above or self.norm.above)
+
+    @property
+    def levels(self) -> dict[str, dict]:
+        """What is usual, as JSON holds it."""
+        return {level.name: level.state for level in (self.loss, self.norm)}
 
     def _not_finite(self, figures: Figures, loss: float, norm: float) -> str | None:
         if not math.isfinite(loss):

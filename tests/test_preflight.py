@@ -237,6 +237,18 @@ def test_settings_of_yours_are_refused_with_figures_and_never_changed(settings, 
     assert "This would fit: " in message
 
 
+def test_a_training_that_was_begun_keeps_what_decides_its_weights_on_any_machine(settings):
+    begun = {"lora_rank": 16, "lora_alpha": 32, "learning_rate": 2e-4}
+    found = choose(settings(), shape(SMALL), 1024, with_gib(80), begun=begun)
+    assert {name: found.settings.values[name] for name in begun} == begun
+    assert found.chosen["method"] == ("LoRA of rank 16", "as the training was begun")
+    whole = choose(settings(), shape(SMALL), 1024, with_gib(80)).need.gib
+    smaller = choose(settings(), shape(SMALL), 1024, with_gib(whole - 0.1), begun={}).settings.values
+    assert "lora_rank" not in smaller and "optim" not in smaller and smaller["gradient_checkpointing"]
+    with pytest.raises(PreflightError, match="begun with these settings and can go on with no others; fresh = true"):
+        choose(settings(), shape(SMALL), 1024, with_gib(4.5), begun={})
+
+
 def test_where_only_shorter_rows_fit_their_length_is_named_and_where_none_do_that_is_said(settings):
     with pytest.raises(PreflightError, match=r"This would fit: max_length = \d+, .*longer rows are then left out"):
         choose(settings(max_length=32_768, lora_rank=16, quantize_bits=4), shape(LARGE), 32_768, with_gib(6))

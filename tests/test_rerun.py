@@ -1,5 +1,7 @@
 """The lab run again: what is finished is not done again, what was cut short goes on, and a change redoes just what depends on it."""
 
+import math
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -8,11 +10,12 @@ import pytest
 import standin_easydistill
 from conftest import REPOSITORY
 
-from distill import answers, cli, compare, evaluate, hub_rows, sources, store
+from distill import answers, cli, compare, evaluate, hub_rows, pipeline, sources, store
 from distill.data import prepare_system1_dataset
-from distill.errors import BackendError, ConfigError, DataError, DistillError
+from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
 from distill.models import RUN_RECORD
 from distill.pipeline import distill_system1, run_easy_distill, write_system1_config
+from distill.preflight import Machine
 from distill.sources import Source, contents, stream
 from distill.traces import prepare_system2_dataset
 
@@ -297,6 +300,56 @@ def test_a_training_is_done_anew_when_asked_with_the_same_weights(trained, capsy
     distil(fresh=True)
     assert "training of out: made anew, since that is asked for" in capsys.readouterr().out and len(runs(trained)) == 1
     assert run_id(trained) != first and (trained / "out" / "model.safetensors").read_bytes() == weights
+
+
+def on_a_small_machine(monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "this_machine", lambda: Machine("a small machine", 0.01))
+
+
+def test_a_finished_training_is_not_done_again_on_a_machine_that_it_would_not_fit(trained, monkeypatch):
+    first = run_id(trained)
+    on_a_small_machine(monkeypatch)
+    distil()
+    assert run_id(trained) == first
+    shutil.rmtree(trained / "out")
+    with pytest.raises(PreflightError, match=r"Training does not fit: it needs .* GiB free\. No settings fit"):
+        distil()
+
+
+def test_a_training_that_was_begun_is_refused_rather_than_begun_otherwise(trained, monkeypatch):
+    shutil.rmtree(trained / "out")
+    (run,) = (trained / "runs").iterdir()
+    (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    stood = writings(run)
+    on_a_small_machine(monkeypatch)
+    for fresh, said in ((False, "begun with these settings"), (True, "No settings fit")):
+        with pytest.raises(PreflightError, match=said):
+            distil(fresh=fresh)
+        assert writings(run) == stood and (run / "checkpoints" / "checkpoint-1").is_dir() and len(runs(trained)) == 1
+
+
+def test_what_a_run_holds_on_the_disk_counts_as_free_for_it(trained, monkeypatch):
+    (run,) = (trained / "runs").iterdir()
+    (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    shutil.rmtree(trained / "out")
+    with pytest.raises(PreflightError, match="of disk") as refused:
+        on_a_disk(monkeypatch, 0.0)
+        distil()
+    needed = float(re.search(r"needs ([\d.]+) GiB", str(refused.value))[1])
+    with open(run / "checkpoints" / "checkpoint-1" / "optimizer.pt", "wb") as file:
+        file.truncate(int((needed + 0.1) * 2**30))  # sparse: it takes no room here
+    distil()
+
+
+def on_a_disk(monkeypatch, free_gib: float) -> None:
+    monkeypatch.setattr(pipeline, "this_machine", lambda: Machine("this CPU", math.inf, free_disk_gib=free_gib))
+
+
+def test_what_either_backend_finished_counts_where_the_choice_is_left_to_the_lab(trained, monkeypatch):
+    first = run_id(trained)
+    monkeypatch.setattr(pipeline, "choose_backend", lambda job, asked: (object(), "EasyDistill is here now"))
+    distil(backend="auto")
+    assert run_id(trained) == first
 
 
 def test_changed_rows_are_tokenized_and_trained_anew(trained, capsys):
