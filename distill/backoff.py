@@ -9,20 +9,14 @@ from pathlib import Path
 
 from . import config, engine, store
 from .errors import BackendError, ConfigError
+from .faults import is_out_of_memory
 from .preflight import lighter
 from .shapes import find_shape
 
 STATUS = 77  # the engine's exit status, which means nothing else
 LIMIT = 4  # of the times that it is tried again
 RECORD = "backed_off.json"
-SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # by CUDA, torch on a CPU, cuBLAS
 KILL_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")  # of the container; of the machine, where it is none
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory: of the GPU, of torch on a CPU, of Python."""
-    said_so = isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
-    return said_so or isinstance(error, MemoryError)
 
 
 def kernel_kills(counters: tuple = KILL_COUNTERS) -> int:
@@ -75,11 +69,16 @@ def smaller(split: dict) -> dict | None:
     return factor and {"micro_batch": rows // factor, "accumulation": split["accumulation"] * factor}
 
 
-def history(checkpoints: Path, key: str) -> list[dict]:
-    """Every time that the job of this `checkpoint.resume_key` has backed off: [{"step", "from", "to"}]."""
+def history(checkpoints: Path, key: str, training: dict) -> list[dict]:
+    """Every time that a job has backed off: [{"step", "from", "to"}]; none where its rows were asked to be split otherwise since.
+
+    key       the job's `checkpoint.resume_key`
+    training  the job's block
+    """
     place = checkpoints / RECORD
     record = store.read_json(place) if place.is_file() else {}
-    return record.get("backed_off", []) if record.get("resume_key") == key else []
+    past = record.get("backed_off", []) if record.get("resume_key") == key else []
+    return past if past and past[0]["from"] == split_of(training) else []
 
 
 def fitted(job: dict, past: list[dict]) -> dict:
@@ -101,7 +100,7 @@ def back_off(job: dict, session: dict, step: int, checkpoints: Path) -> str:
     step     after which it did
     Raises BackendError with what would fit, where that has been done LIMIT times or one row is too much; then the job's own split counts.
     """
-    past, split = history(checkpoints, session["resume_key"]), session["split"]
+    past, split = history(checkpoints, session["resume_key"], job["training"]), session["split"]
     change = {"step": step, "from": split, "to": smaller(split)}
     if not change["to"] or len(past) >= LIMIT:
         (checkpoints / RECORD).unlink(missing_ok=True)
@@ -111,6 +110,11 @@ def back_off(job: dict, session: dict, step: int, checkpoints: Path) -> str:
         )
     store.write_json(checkpoints / RECORD, {"resume_key": session["resume_key"], "backed_off": [*past, change]})
     return f"out of memory after step {step}: goes on with {shown(change['to'])} rows in place of {shown(split)}, the same in a step"
+
+
+def outside_of_steps(job: dict, session: dict) -> BackendError:
+    """The error for an engine that ran out of memory before its first step or after its last: fewer rows at a time would not help."""
+    return BackendError(f"Training failed: out of memory where the model is loaded or published, not in a step. {advice(job, session)}")
 
 
 def shown(split: dict) -> str:

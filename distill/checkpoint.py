@@ -6,14 +6,18 @@ An adapter is merged into the student before it is saved, so that every checkpoi
 import hashlib
 from pathlib import Path
 
-from . import config, store
+from . import config, stages, store
 from .errors import BackendError, ConfigError, DataError
 from .generation import stop_ids
 from .models import RUN_RECORD, fingerprint, load_to_train
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
-ENGINE_MODULES = ("train.py", "trainer.py", "resume.py", "backoff.py", "checkpoint.py")
-LAUNCH_MODULES = ("launch.py", "workplace.py", "checkpoint.py")
+# The modules that decide what is published; a test holds the lists complete.
+_EITHER = ("checkpoint.py", "generation.py", "models.py", "trainer.py")
+MODULES = {
+    "builtin": ("train.py", "resume.py", "backoff.py", *_EITHER),
+    "easydistill": ("launch.py", "workplace.py", *_EITHER),
+}
 # what a job says besides what is learnt: where it goes, what is shown and kept of it, and how a step is fitted into memory
 _UNDECIDING = (
     "output_dir", "logging_steps", "disable_tqdm", "report_to", "save_total_limit", "gradient_checkpointing", "per_device_eval_batch_size",
@@ -41,9 +45,9 @@ def recorded(out_dir: Path, name: str) -> str | None:
     return record.get(name) if isinstance(record, dict) else None
 
 
-def engine_sha256(modules: tuple = ENGINE_MODULES) -> str:
-    """SHA-256 (hex) of the modules that decide a training: the built-in engine's, or those that launch EasyDistill."""
-    return store.hash_json([store.hash_file(Path(__file__).with_name(name)) for name in modules])
+def engine_sha256(backend: str = "builtin") -> str:
+    """SHA-256 (hex) of the modules that decide a training by "builtin", or by "easydistill" as it is launched; as this process has them."""
+    return stages.code(*MODULES[backend])
 
 
 def resume_key(job: dict, backend: str) -> str:
@@ -53,16 +57,25 @@ def resume_key(job: dict, backend: str) -> str:
     Covers the settings (of batch and accumulation their product, the rows of a step), the token files, the student's files and the
     engine's code; not the device and the versions of packages, so that a training goes on in another session.
     """
+    return identity(job, backend)["resume_key"]
+
+
+def identity(job: dict, backend: str) -> dict:
+    """What a record says of a job's `resume_key` and what that covers: {"resume_key", "backend", "tokens_sha256", "engine_sha256"}.
+
+    To be taken before the training: files that are changed in its midst are not what it was made of.
+    """
     tokens = Path(job["dataset"]["labeled_path"])
-    files = [place for place in (tokens, store.validation_path(tokens)) if store.is_file(place)]
+    files = [store.hash_file(place) for place in (tokens, store.validation_path(tokens)) if store.is_file(place)]
+    engine = engine_sha256(backend)
     decides = {
         **decisive_settings(job),
-        "tokens_sha256": [store.hash_file(place) for place in files],
+        "tokens_sha256": files,
         "student": fingerprint(job["models"]["student"]),
-        "engine_sha256": engine_sha256(LAUNCH_MODULES if backend == "easydistill" else ENGINE_MODULES),
+        "engine_sha256": engine,
         "backend": backend,
     }
-    return store.hash_json(decides)
+    return {"resume_key": store.hash_json(decides), "backend": backend, "tokens_sha256": files[0], "engine_sha256": engine}
 
 
 def decisive_settings(job: dict) -> dict:
@@ -141,9 +154,10 @@ def verify_checkpoint(folder: Path, student: dict, trained: dict | None = None) 
 # The record
 
 
-def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: dict, easydistill: dict | None = None) -> dict:
+def record(job: dict, run_folder: Path, known: dict, student: dict, chosen: dict, metrics: dict, easydistill: dict | None = None) -> dict:
     """What `distill_run.json` says of a checkpoint, besides its files.
 
+    known        the job's `identity` from before the training
     student      the student's `weight_hashes`
     chosen       what the backend chose by itself: name → {"value", "reason"}
     easydistill  what is known of the EasyDistill that trained, {"version", "origin", "versions"}; None where the built-in engine did
@@ -152,19 +166,16 @@ def record(job: dict, run_folder: Path, student: dict, chosen: dict, metrics: di
     import secrets
     from importlib.metadata import version
 
-    plan, backend = run_folder / "plan.json", "easydistill" if easydistill else "builtin"
+    plan = run_folder / "plan.json"
     planned = store.read_json(plan) if plan.is_file() else {}
     return {
         "run_id": secrets.token_hex(8),
-        "resume_key": resume_key(job, backend),
-        "backend": backend,
         "job": job,
         **planned,
         "settings": with_edits(planned.get("settings", {}), {**job["training"], **job.get("lab", {})}),
         "chosen": chosen,
         "student_sha256": store.hash_json(student),
-        "tokens_sha256": store.hash_file(Path(job["dataset"]["labeled_path"])),
-        "engine_sha256": engine_sha256(LAUNCH_MODULES if easydistill else ENGINE_MODULES),
+        **known,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         **({"easydistill": easydistill} if easydistill else {}),
         "metrics": metrics,

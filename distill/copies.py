@@ -158,8 +158,9 @@ class CopyFolder:
         return files
 
     def drop(self, name: str) -> None:
-        """Take all copies of an item away."""
-        for copy in self.copies.pop(name, []):
+        """Take all copies of an item away, damaged ones too. Raises Vanished, TakenOver."""
+        self.check()
+        for copy in self.copies.pop(name, []) + self._damaged.pop(name, []):
             self._discard(copy)
 
     def drop_older(self) -> None:

@@ -178,6 +178,8 @@ def is_complete(recipe: Recipe) -> bool:
         sealed = store.read_json(recipe.folder / SEALED)
     except DataError:
         return False
+    if not isinstance(sealed, dict):
+        return False
     return python_of(recipe.folder).exists() and {name: sealed.get(name) for name in recipe.facts} == recipe.facts
 
 

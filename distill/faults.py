@@ -16,6 +16,8 @@ from . import store
 from .errors import DistillError
 
 TRACEBACK = "Traceback (most recent call last)"
+# by CUDA, torch on a CPU, cuBLAS, the system
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
 FULL_BYTES = 64 * 2**20  # less than this left on the disk is a full one
 FULL_DISK = (  # as Python and Rust and torch say it
     r"No space left on device|Disk quota exceeded|File too large|\(?os error (?:28|122|27)\)?|\[Errno (?:28|122|27)\]|"
@@ -153,6 +155,11 @@ def diagnose(log: str, facts: Facts) -> Fault:
         f"the training ended before its end, and EasyDistill's exit status ({facts.status}) does not tell why",
         "The log's end may; otherwise take backend = 'builtin'.",
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory: of the GPU, of torch on a CPU, of Python, of a file's mapping."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager

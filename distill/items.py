@@ -36,6 +36,7 @@ FOLDERS = ("published", "last", "training")
 SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model", ".safetensors", ".pt", ".pth", ".bin")
 LINKS = "links.json"
 STAGE = "persist"
+RECORD = f".{STAGE}.json"  # in runs/: what was last copied or restored here
 CHUNK_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 16
 

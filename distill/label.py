@@ -1,17 +1,17 @@
 """Answers of a teacher as labels: batches in a subprocess, each answer on disk as it comes, continued where an interruption left it.
 
 Answers are kept in a *journal*, `runs/labels/<key>.jsonl`. Its key hashes what decides an answer besides the question (the teacher's
-files, bits, mode, limits, sampling, the lab's code that asks), so that the same request never asks twice and another one never takes its
-answers.
+files, the bits that were asked for, mode, limits, sampling, the lab's code that asks), so that the same request never asks twice and
+another one never takes its answers.
 """
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import asking, models, stages, store
-from .answers import answer_all, ask
+from .answers import MODEL, answer_all, ask
 from .config import is_hub_name, model_name
 from .console import say
 from .endpoint import Endpoint, generation
@@ -31,12 +31,14 @@ class Labeled:
     dropped     reason → rows
     reused      answers that an earlier run had given already
     unanswered  rows, among the dropped, that a teacher behind an API gave no answer to: asked once more, they may get one
+    bits        of a weight of a teacher that was loaded by its name, as it answered
     """
 
     rows: list[dict]
     dropped: dict
     reused: int
     unanswered: int = 0
+    bits: int | None = None
 
     @property
     def incomplete(self) -> str:
@@ -92,20 +94,32 @@ class _Named:
     def __init__(self, name: str, bits: int | None) -> None:
         self.path = model_name(name)
         chat_format(models.check_model(self.path, "teacher"), "system1")
-        self.held = teacher_settings(self.path, bits)
+        self.bits = bits
 
     @property
     def name(self) -> str:
         return self.path if is_hub_name(self.path) else store.shown(self.path)
 
     def identity(self) -> list:
-        return [models.fingerprint(self.path), self.held["bits"]]
+        return [models.fingerprint(self.path), self.bits]
 
     def answer(self, request: dict) -> None:
-        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **self.held}
-        folder = Path(request["journal"]).with_suffix("")
+        journal = Path(request["journal"])
+        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **self._held(journal)}
+        folder = journal.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; the journal's lock says that it is ours
         ask([{**teacher, **request}], folder, "Labelling")
+
+    def _held(self, journal: Path) -> dict:
+        """`teacher_settings` on this machine, in the bits of the journal's earlier answers where it has some; the journal says which."""
+        entries = {entry["id"]: entry for entry in store.read_journal(journal)}
+        earlier = entries.pop(MODEL, {}).get("bits") if len(entries) > 1 else None
+        if earlier and not self.bits:
+            say(f"teacher: {earlier} bits (those of its earlier answers)")
+        held = teacher_settings(self.path, self.bits or earlier)
+        if not earlier:
+            store.add_to_journal(journal, {"id": MODEL, "bits": held["bits"]})
+        return held
 
 
 class _Loaded:
@@ -188,7 +202,7 @@ def label_rows(
     store.make_folder(journal.parent)
     asked = {_key(row): row for row in rows}
     with store.lock(journal):
-        known = set() if fresh else {entry["id"] for entry in store.read_journal(journal)}
+        known = set() if fresh else {entry["id"] for entry in store.read_journal(journal)} - {MODEL}
         waiting = [_question(key, row, mode) for key, row in asked.items() if key not in known]
         if waiting:
             sampling = {key: value for key, value in limits.items() if key != "max_new_tokens" and value is not None}
@@ -196,7 +210,8 @@ def label_rows(
             teacher.answer({"questions": waiting, "journal": str(journal), "max_new_tokens": {mode: max_new_tokens}, **sampling})
         answers = {entry["id"]: entry for entry in store.read_journal(journal)}
     reused = sum(key in known for key in asked)
-    labeled = _kept(rows, answers, teacher.name, reused, behind, traces=bool(behind) and mode == "system2")
+    bits = answers.pop(MODEL, {}).get("bits")
+    labeled = replace(_kept(rows, answers, teacher.name, reused, behind, traces=bool(behind) and mode == "system2"), bits=bits)
     say(f"labelled {len(labeled.rows):,} of {len(rows):,} rows by {teacher.name} ({labeled.reused:,} answered before)")
     for reason, count in labeled.dropped.items():
         say(f"  dropped {count:,}: {reason}")
@@ -285,7 +300,7 @@ def _label_file(places: dict[Path, Path], teacher: str | Endpoint, bits: int | N
     for place in reversed(places):  # the companion first, the manifest that binds them last
         store.write_rows(places[place], parts[place])
     behind = isinstance(teacher, Endpoint)
-    who = {"teacher": teacher.name, "base_url": teacher.base_url} if behind else {"teacher": teacher, "bits": asked.held["bits"]}
+    who = {"teacher": teacher.name, "base_url": teacher.base_url} if behind else {"teacher": teacher, "bits": labeled.bits}
     said = {name: value for name, value in settings.items() if name != "fresh"}
     facts = {**who, "read": sum(map(len, rows.values())), "dropped": labeled.dropped, **said}
     store.write_manifest(out, facts, files=list(places.values()))

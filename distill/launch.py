@@ -18,10 +18,12 @@ from . import checkpoint, config, easydistill, engine, faults, machine, models, 
 from .console import say
 from .easydistill import Installation
 from .errors import BackendError, ConfigError, DistillError
+from .memory import Training, training_need
 from .models import RUN_RECORD
+from .preflight import Machine, as_trained, machine_of
+from .shapes import shape_of
 
 SILENCE_SECONDS = 1800
-BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and AdamW's two moments
 ADOPTED = "adopt.json"
 STARTS_OVER = (
     " Run again, it starts over: EasyDistill 1.x can neither go on where a training stood nor take fewer rows at a time when memory runs "
@@ -39,12 +41,13 @@ def refusals(job: dict, installation: Installation) -> list[str]:
     """
     models.check_student(job["models"]["student"])
     student, gpu = models.local_folder(job["models"]["student"]), machine.gpu()
-    problems = settings_refusals(job)
+    problems, place = settings_refusals(job), machine_of(gpu, machine.free_ram_gib(), math.inf)
     try:
-        trainer.precision_on(models.capability_of(gpu), job["training"])
-    except ConfigError as error:
+        how = as_trained({**job["training"], "backend": "easydistill"}, job["training"]["max_length"], place)
+        problems += _memory_problems(student, how, place)
+    except ConfigError as error:  # a precision that the machine does not train in
         problems.append(str(error))
-    return problems + _student_problems(student, installation) + _memory_problems(student, gpu)
+    return problems + _student_problems(student, installation)
 
 
 def settings_refusals(job: dict) -> list[str]:
@@ -83,26 +86,20 @@ def _model_types(installation: Installation) -> set[str]:
     return {path.name for path in workplace.environment_of(installation).glob("lib/python*/site-packages/transformers/models/*")}
 
 
-def _memory_problems(student: Path, gpu: dict | None) -> list[str]:
-    needed = parameters_in(student) * BYTES_PER_PARAMETER / 2**30
-    free, where = (gpu["free_gib"], f"the GPU ({gpu['name']})") if gpu else (machine.free_ram_gib(), "this machine")
-    if free is None or needed <= free:
+def _memory_problems(student: Path, how: Training, place: Machine) -> list[str]:
+    try:
+        shape = shape_of(store.read_json(student / "config.json"), store.shown(student))
+    except ConfigError as error:
+        say(f"note: {error} So EasyDistill's memory is not checked.")
+        return []
+    need, where = training_need(shape, how), f"the GPU ({place.name})" if place.gpu else "this machine"
+    if need.gib <= place.free_gib:
         return []
     return [
-        f"it trains every weight in fp32, which takes {needed:.1f} GiB for this student, and {where} has {free:.1f} GiB free. "
-        "Take a smaller student, or lora_rank, which only the built-in engine does."
+        f"it trains every weight in fp32 and holds a whole batch's logits, which takes {need.gib:.1f} GiB for this student "
+        f"({need.listed()}), and {where} has {place.free} free. Take a smaller student, or fewer rows at a time "
+        "(per_device_train_batch_size); lora_rank and logits in parts are the built-in engine's alone."
     ]
-
-
-def parameters_in(student: Path) -> int:
-    """How many parameters a model folder's safetensors hold, by their headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in student.glob(workplace.WEIGHTS):
-        with safe_open(file, "np") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
 
 
 # Launching
@@ -117,6 +114,7 @@ def run(
     Raises BackendError that names the fault, says what to do and ends with the log; then nothing has changed at the job's `output_dir`.
     """
     job, work = config.read_job(config_path), run_folder / "easydistill"
+    known = checkpoint.identity(job, "easydistill")
     say("EasyDistill measures no validation loss and answers no samples: its last checkpoint is the one that is published")
 
     def launch_and_adopt(show: Callable[[dict], None]) -> BackendError:
@@ -125,7 +123,7 @@ def run(
             for name in ("out", "cache"):
                 (work / name).mkdir(parents=True)
             facts = _launch(job, run_folder, installation, limit_seconds, show)
-            store.write_json(work / ADOPTED, facts)
+            store.write_json(work / ADOPTED, {**facts, "known": known})
             arguments = ["--adopt", str(work), "--config", str(store.resolve(config_path))]
             log = run_folder / "verify.log"
             ended = engine.run_module("distill.launch", arguments, log, show)
@@ -262,7 +260,8 @@ def adopt(job: dict, work: Path) -> None:
         with store.atomic_folder(run_folder / "last") as last:  # it is the last one too: there is no validation to choose another by
             shutil.copytree(folder, last, dirs_exist_ok=True)
         counts = {"parameters": model.num_parameters(), "trained_parameters": model.num_parameters(), "tensors_moved": moved}
-        made = checkpoint.record(job, run_folder, before, facts["chosen"], {**facts["metrics"], **counts}, facts["easydistill"])
+        metrics = {**facts["metrics"], **counts}
+        made = checkpoint.record(job, run_folder, facts["known"], before, facts["chosen"], metrics, facts["easydistill"])
         store.write_manifest(folder, made, name=RUN_RECORD)
     say(f"checkpoint: {store.shown(out_dir)}")
 

@@ -1,7 +1,8 @@
 """Bytes that training a student and asking a model take, by arithmetic on the model's shape. No weights are read.
 
 What is counted follows the engine: `trainer.build_trainer`, TRL's fused output head (trl/kernels/chunked_logprob.py) and transformers'
-decoder layers. On a CPU `benchmarks/bench_preflight.py` holds it against measurement; on a GPU it has not been measured.
+decoder layers; EasyDistill's older TRL has no such head (`Training.full_logits`). On a CPU `benchmarks/bench_preflight.py` holds the
+built-in engine's against measurement; on a GPU it has not been measured.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ HEAD_ROWS, HEAD_COLUMNS = 4096, 32_768  # a tile of logits in TRL's output head:
 # in the backward pass of a tile without Triton: five fp32 intermediates, two more for the target's term, and its mask
 TILE_BYTES = 7 * FP32 + BOOL
 NF4_BYTES = 0.5 + FP32 / 64  # half a byte, and an fp32 scale for each block of 64 weights
+# fp32 copies of all logits without that head: the model's own, the log-probabilities that cross-entropy keeps, and a copy on which TRL 0.17
+# counts right tokens (SFTTrainer.compute_loss); in the backward pass, the log-probabilities and two gradients
+LOGIT_COPIES = 3
 BLOCK_OF_8_BIT = 256  # values of 8-bit Adam that share an fp32 scale
 KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written
 DATA_BYTES = GIB // 4  # rows, tokens and logs: assumed
@@ -36,6 +40,7 @@ class Training:
     precision       "fp32", or "bf16" or "fp16" by autocast
     fused_attention whether attention never holds its scores, tokens × tokens a head
     packing         whether the rows of a batch are laid end to end in one
+    full_logits     whether the logits of a whole batch are held at once, as by EasyDistill's TRL 0.17, and not in tiles
     """
 
     micro_batch: int
@@ -50,6 +55,7 @@ class Training:
     fused_attention: bool = True
     packing: bool = False
     gpu: bool = False
+    full_logits: bool = False
 
     @property
     def tokens(self) -> int:
@@ -238,7 +244,9 @@ def work_bytes(shape: Shape, how: Training) -> float:
 
 
 def tile_bytes(shape: Shape, how: Training, backward: bool) -> float:
-    """TRL's output head: a tile of logits and what is computed from it; a GPU's kernel works in place."""
+    """TRL's output head: a tile of logits and what is computed from it; a GPU's kernel works in place. Without tiles, all logits."""
+    if how.full_logits:
+        return LOGIT_COPIES * FP32 * how.tokens * shape.vocab
     values, rows, columns = HALF if how.half else FP32, min(how.tokens, HEAD_ROWS), min(shape.vocab, HEAD_COLUMNS)
     tile = values * rows * columns
     if how.gpu:

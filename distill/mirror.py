@@ -5,13 +5,14 @@ or fills is told of once each time that its state changes; the work goes on here
 """
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import hub_cache, items, store
+from . import hub_cache, items, rotation, store
 from .console import say
 from .copies import Copy, CopyFolder, TakenOver, Vanished
 from .errors import DataError, DistillError
@@ -24,7 +25,6 @@ LONGEST_REST_SECONDS = 120
 SLOW_SECONDS = 60
 SLOW_BYTES_PER_SECOND = 1 << 20
 EXIT_SECONDS = 60
-KEPT_CHECKPOINTS = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -138,7 +138,7 @@ class Mirror:
             self.stopped = True
             self._turn("ended", str(error))
             return True
-        except (OSError, DistillError) as error:
+        except Exception as error:  # noqa: BLE001 (copying must not end unheard)
             self._trouble(error)
             return True
         if whole:
@@ -157,7 +157,8 @@ class Mirror:
     def _round(self) -> bool:
         """Copy what differs, the dearest first. Returns False where copying took so long that something dearer may be new."""
         self._left, full = [], None
-        for item in self._items():
+        here = self._items()
+        for item in here:
             started = time.monotonic()
             try:
                 if self._visit(item) and time.monotonic() - started > POLL_SECONDS:
@@ -168,7 +169,10 @@ class Mirror:
                 if error.errno not in _FULL:
                     raise
                 full = error  # what is smaller may still find room
-        self._thin()
+        self.folder.drop_older()
+        rotation.thin(self.folder)
+        if not full and not self._left:
+            self._forget_removed({item.name for item in here})
         if self.record != self._remembered:
             self.remember(self.record)
             self._remembered = dict(self.record)
@@ -189,7 +193,7 @@ class Mirror:
         newest = before = self.folder.newest(item.name)
         try:
             if before is None or not _is_same(item, before, stamp):
-                newest = self._copy(item)
+                newest = self._copy_or_make_room(item)
             self.record[item.name] = {"number": newest.number, "files_sha256": store.hash_json(newest.files)}
         except DataError as error:
             if items.signature(item) != stamp:
@@ -197,6 +201,17 @@ class Mirror:
             say(str(error))
         self._seen[item.name] = stamp
         return newest is not before
+
+    def _copy_or_make_room(self, item: items.Item) -> Copy:
+        if item.kind == "training":
+            rotation.drop_former(self.folder, item, self.roots)
+        try:
+            return self._copy(item)
+        except OSError as error:
+            # the hub gives a model again; nobody gives a checkpoint
+            if error.errno not in _FULL or item.kind == "blob" or not rotation.make_room(self.folder, self.roots):
+                raise
+            return self._copy(item)
 
     def _copy(self, item: items.Item) -> Copy:
         work = self._work = _Work(item.name, time.monotonic())
@@ -212,31 +227,24 @@ class Mirror:
             if item.kind == "journal":
                 self._rests[item.name] = time.monotonic() + min(RESTS * seconds, LONGEST_REST_SECONDS)
 
-    def _thin(self) -> None:
-        """Keep of each training the last checkpoints, and the best of those before; of one that ended, none."""
-        self.folder.drop_older()
-        trainings: dict[str, list[Copy]] = {}
-        for made in self.folder.copies.values():
-            if made and made[-1].kind == "training":
-                trainings.setdefault(made[-1].name.rpartition("/checkpoints/")[0], []).append(made[-1])
-        for run, checkpoints in trainings.items():
-            kept = self._kept(run, sorted(checkpoints, key=lambda copy: copy.number))  # of a training begun anew, its own come last
-            for copy in checkpoints:
-                if copy.name not in kept:
-                    self.folder.drop(copy.name)
+    def _forget_removed(self, here: set[str]) -> None:
+        """Drop the copies of what this session saw here and is removed: the next would take it for input again. here  names of all items
 
-    def _kept(self, run: str, checkpoints: list[Copy]) -> set[str]:
-        last, place = self.folder.newest(f"{run}/last"), items.place_of(run, self.roots)
-        if last and (place / "last").is_dir() and not (place / "checkpoints").is_dir():
-            return set()
-        going_on = [copy for copy in checkpoints if last is None or copy.number > last.number]
-        kept = going_on[-KEPT_CHECKPOINTS:]
-        best = {_best_of(copy) for copy in kept} if len(going_on) > len(kept) else set()
-        return {copy.name for copy in kept} | {copy.name for copy in going_on if copy.name.rpartition("/")[2] in best}
+        Published checkpoints stay: none is input, and its copy may be the only one. So does all where the lab's folder is gone as a whole.
+        """
+        if self._remembered and not (self.roots["project"] / "runs" / items.RECORD).is_file():
+            self._seen, self._remembered = {}, {}
+        for name in self._seen.keys() - here:
+            copy = self.folder.newest(name)
+            is_kept = not name.startswith("project/") or (copy is not None and copy.kind == "published")
+            if not is_kept and not os.path.lexists(items.place_of(name, self.roots)):
+                self.folder.drop(name)
+                self.record.pop(name, None)
+                del self._seen[name]
 
     # What is said
 
-    def _trouble(self, error: OSError | DistillError) -> None:
+    def _trouble(self, error: Exception) -> None:
         self._failures += 1
         folder = self.folder.folder
         try:
@@ -250,9 +258,11 @@ class Mirror:
             self._turn("gone", text)
         elif isinstance(error, OSError) and error.errno in _FULL:
             self._turn("full", f"{folder} is full: free some space there; what does not fit is tried again. The work goes on here.")
-        else:
+        elif isinstance(error, OSError | DistillError):
             hint = "; Google Drive says so too when it is full" if isinstance(error, OSError) and error.errno == errno.EIO else ""
             self._turn("failing", f"{folder} cannot be written to ({error}{hint}): it is tried again. The work goes on here.")
+        else:
+            self._turn("failing", f"copying to {folder} failed ({error!r}): it is tried again. The work goes on here.")
 
     def _turn(self, state: str, text: str) -> None:
         """Say a change of state, once."""
@@ -283,13 +293,6 @@ def _signature(item: items.Item) -> tuple:
         return items.signature(item)
     except items.SourceChanged:
         return ()
-
-
-def _best_of(checkpoint: Copy) -> str:
-    """The name of the best checkpoint so far, which a training that goes on from this one may publish."""
-    place = checkpoint.place / "trainer_state.json"
-    state = store.read_json(place) if place.is_file() else None
-    return f"checkpoint-{state.get('best_global_step')}" if isinstance(state, dict) else ""
 
 
 def some(names: list[str], limit: int = 3) -> str:

@@ -12,6 +12,7 @@ from . import prompt, store
 from .config import is_hub_name, model_name
 from .console import say
 from .errors import ConfigError, shortened
+from .faults import is_out_of_memory
 
 EXAMPLES = {"student": "Qwen/Qwen2.5-0.5B-Instruct", "teacher": "Qwen/Qwen2.5-7B-Instruct"}
 BITS = (4, 8, 16, 32)
@@ -163,7 +164,12 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     except Exception as error:  # of huggingface_hub, of its client, of the disk
-        raise (_cannot_keep(name, error) or cannot_reach_hub(name, error)) from error
+        raise cannot_download(name, error) from error
+
+
+def cannot_download(name: str, error: Exception) -> ConfigError:
+    """The message for a download that failed: the disk's fault, or the hub's silence."""
+    return _cannot_keep(name, error) or cannot_reach_hub(name, error)
 
 
 def _cannot_keep(name: str, error: Exception) -> ConfigError | None:
@@ -302,14 +308,16 @@ def _load(name: str, role: str, **settings):
     if not is_hub_name(name) and (missing := missing_in_folder(Path(name))):
         raise _invalid(name, role, missing)
     from safetensors import SafetensorError
-    from torch import OutOfMemoryError
     from transformers import AutoModelForCausalLM
 
+    capability = gpu_capability()
+    if capability and capability < FLASH_CAPABILITY:
+        repeat_keys()
     try:
         return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **settings)
-    except OutOfMemoryError:
-        raise  # a RuntimeError too, and no fault of the files
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise  # no fault of the files
         raise _cannot_load(name, role, error) from error
 
 
@@ -317,7 +325,7 @@ def fingerprint(path: str) -> str:
     """What tells a model's files from any other's: the hub's commit, or a hash of a folder's weights, configuration and tokenizer."""
     if is_hub_name(path):
         return _cached_commit(path) or hub_info("model", path).sha
-    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".json", ".jinja") and store.is_file(file)]
+    files = sorted(file for pattern in MODEL_FILES for file in Path(path).glob(pattern) if store.is_file(file))
     return store.hash_json({file.name: store.hash_file(file) for file in files if file.name != RUN_RECORD})
 
 

@@ -36,7 +36,13 @@ def damage(environment: Path, installed: Iterable[str]) -> str | None:
         subprocess.run([python_of(environment), "-I", "-c", ""], check=True, capture_output=True, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return "its Python does not run"
-    packages = folder_of(environment)
+    try:
+        return _lost(folder_of(environment), installed)
+    except (OSError, ValueError, csv.Error):
+        return "its records cannot be read"
+
+
+def _lost(packages: Path, installed: Iterable[str]) -> str | None:
     if gone := [name for name in installed if not (packages / name / RECORD).is_file()]:
         return f"{gone[0].removesuffix('.dist-info')} is gone"
     return next((f"{name} is not as it was installed" for name, size in _recorded(packages) if _size(packages / name) != size), None)

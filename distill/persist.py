@@ -17,7 +17,6 @@ from .errors import ConfigError, DataError, shortened
 from .mirror import Mirror, some
 from .restore import Restored, restore
 
-RECORD = ".persist.json"
 DRIVE = "/content/drive"
 WAIT_SECONDS = 600
 _active: Mirror | None = None
@@ -121,7 +120,7 @@ def _tell(target: CopyFolder, restored: Restored) -> None:
 
 def _read_record(folder_id: str, project: Path) -> dict[str, dict]:
     """Item → {"number", "files_sha256"} of this folder of copies; nothing where the last one was another."""
-    place = project / "runs" / RECORD
+    place = project / "runs" / items.RECORD
     try:
         known = store.read_json(place) if store.is_file(place) else {}
     except DataError:  # without it, what is here counts as newer
@@ -130,4 +129,4 @@ def _read_record(folder_id: str, project: Path) -> dict[str, dict]:
 
 
 def _remember(folder_id: str, project: Path) -> Callable[[dict], object]:
-    return lambda record: store.write_json(project / "runs" / RECORD, {"id": folder_id, "items": record})
+    return lambda record: store.write_json(project / "runs" / items.RECORD, {"id": folder_id, "items": record})

@@ -86,6 +86,7 @@ def as_trained(values: dict, longest_tokens: int, machine: Machine) -> Training:
         fused_attention=attention == "sdpa",
         packing=lab["packing"],
         gpu=machine.gpu,
+        full_logits=values.get("backend") == "easydistill",
     )
 
 
@@ -292,19 +293,27 @@ def choose_teacher(shape: Shape, question_tokens: int, max_new_tokens: int, mach
     """
     one = question_tokens + max_new_tokens
     for wanted in (bits,) if bits else TEACHER_BITS:
-        tokens = max(BATCH_TOKENS, one)
-        while tokens >= one:
+        for tokens in _batches(one):
             need = asking_need(shape, Asking(wanted, tokens, tokens // one, machine.gpu))
             if need.gib <= machine.free_gib:
                 return TeacherFit((wanted, _bits_reason(wanted, bits)), (tokens, f"{tokens // one} questions at once"), need)
-            tokens //= 2
     fewest = bits or TEACHER_BITS[-1]
+    fewer = " or ".join(str(each) for each in reversed(TEACHER_BITS) if each < fewest)
     least = asking_need(shape, Asking(fewest, one, 1, machine.gpu))
     raise PreflightError(
         f"The teacher does not fit: in {fewest} bits it needs {least.gib:.1f} GiB ({least.listed()}), and {machine.name} has "
-        f"{machine.free} free. {'Ask for 4 or 8 bits' if fewest > TEACHER_BITS[0] else 'Take a smaller teacher'}, "
+        f"{machine.free} free. {f'Ask for {fewer} bits' if fewer else 'Take a smaller teacher'}, "
         "or a teacher behind an API."
     )
+
+
+def _batches(one: int) -> Iterator[int]:
+    """Tokens of a batch, halved from BATCH_TOKENS down to one question's."""
+    tokens = max(BATCH_TOKENS, one)
+    yield tokens
+    while tokens > one:
+        tokens = max(one, tokens // 2)
+        yield tokens
 
 
 def _bits_reason(taken: int, asked: int | None) -> str:

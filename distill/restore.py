@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import copies, items, store
+from . import copies, items, rotation, store
 from .errors import DataError
 from .hub_cache import write_links
 
@@ -57,6 +57,8 @@ def _restore_item(source: copies.CopyFolder, item: items.Item, record: dict, fou
     """The newest copy of an item that is whole, where one is wanted; a damaged one is told of, and the one before looked at."""
     while copy := source.newest(item.name):
         try:
+            if item.kind == "training" and _serves_nobody(source, copy, item, record, found.names):
+                return
             wanted, why_not = _wants(copy, item, record.get(item.name))
             if why_not:
                 found.kept.append(f"{item.name}: {why_not}")
@@ -82,8 +84,6 @@ def _wants(copy: copies.Copy, item: items.Item, last: dict | None) -> tuple[bool
         return _whole_content(item) != copy.files, ""  # only what is missing is made
     if item.kind == "blob":
         return not item.place.is_file() or item.place.stat().st_size != copy.size_bytes, ""  # its name is its content
-    if item.kind == "training" and _is_behind(item.place):
-        return False, ""
     if item.kind == "published" and item.place.exists() and not (item.place / items.SEALS["published"]).is_file():
         return False, "something stands here that is no checkpoint of the lab"
     local = _whole_content(item)
@@ -92,11 +92,22 @@ def _wants(copy: copies.Copy, item: items.Item, last: dict | None) -> tuple[bool
     return False, "" if local == copy.files else "what is here is newer, or another"
 
 
-def _is_behind(place: Path) -> bool:
-    """Whether a training checkpoint is of no use here: its training ended, or a later one of it is here."""
-    number = _step(place)
-    later = [folder for folder in place.parent.glob("checkpoint-*") if _step(folder) > number and (folder / store.MANIFEST).is_file()]
-    return bool(later) or (place.parent.parent / "last").is_dir()
+def _serves_nobody(source: copies.CopyFolder, copy: copies.Copy, item: items.Item, record: dict, restored: list[str]) -> bool:
+    """Whether a training checkpoint is of no use here: its training has ended, a later one is here, or one of a training begun anew.
+
+    restored  names of what came back just now
+    """
+    others = [place for place in item.place.parent.glob("checkpoint-*") if (place / store.MANIFEST).is_file() and place != item.place]
+    latest = max(others, key=_step, default=None)
+    if rotation.has_ended(source, copy) or (latest and _step(latest) > _step(item.place)):
+        return True
+    if latest is None or (item.place / store.MANIFEST).is_file():
+        return False
+    name = f"{item.name.rpartition('/')[0]}/{latest.name}"
+    if name in restored:
+        return False
+    here = _whole_content(items.Item(name, "training", latest))
+    return not is_wanted(copy, here, record.get(name), continues=False)  # nobody went on from what is here: it is the newer
 
 
 def _step(place: Path) -> int:

@@ -150,8 +150,8 @@ class ResumableTrainer:
         self.sessions = [*state.get("sessions", []), self.state.global_step]
         self.stepped, self.began = self.state.global_step, time.monotonic()
         self.saved_at = self.began
-        seen = {"moved": state.get("moved", False), "levels": state.get("levels", {})}
-        self.watch = Watch(self.args.learning_rate, self._some_weights, self.args.fp16, **seen)
+        moved, levels = state.get("moved", False), state.get("levels")
+        self.watch = Watch(self.args.learning_rate, self._some_weights, self.args.fp16, moved, levels)
 
     def _seconds_until(self, moment: float) -> float:
         """Seconds that all sessions have trained until a moment of the monotonic clock."""
@@ -218,6 +218,7 @@ class ResumableTrainer:
     def _look(self) -> None:
         scaler = self.accelerator.scaler
         if problem := self.watch.look(scaler.get_scale() if scaler else None):
+            self._unseal_bad()
             raise BackendError(f"The training was stopped at step {self.stepped}: {problem}.")
         if self.unsealed and not self.watch.uneasy:
             self._seal()
@@ -264,6 +265,13 @@ class ResumableTrainer:
             store.write_manifest(folder, {"resume_key": self.resume_key})
         self.unsealed.clear()
         self._rotate()
+
+    def _unseal_bad(self) -> None:
+        """Let nobody go on from weights that gave the first bad figures: a step's loss is that of the weights before it."""
+        bad_from = max(self.watch.calm_step, self.sessions[-1])
+        for folder in saved(Path(self.args.output_dir)):
+            if step_of(folder) >= bad_from:
+                (folder / store.MANIFEST).unlink(missing_ok=True)
 
     def rescue(self) -> None:
         """Save the last finished step after a forward or backward has run out of memory; elsewhere the weights may be half of a step's."""

@@ -116,16 +116,27 @@ def find_shape(name: str) -> tuple[Shape, str]:
     """
     if not is_hub_name(name):
         return shape_of(store.read_json(store.resolve(name) / "config.json"), name), "the model's folder"
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return shape_of(store.read_json(Path(cached)), name), "the hub's cache"
     try:
-        files = [file.rfilename for file in models.hub_info("model", name).siblings or []]
+        return shape_of(_settings_on_hub(name), name), "the hub"
     except ConfigError:
         if name in SHIPPED:  # these are there, so it is the hub that is not
             return shape_of(SHIPPED[name], name), "shape shipped with the lab"
         raise
-    found = store.read_json(Path(hf_hub_download(name, "config.json"))) if "config.json" in files else {}
-    return shape_of(found, name), "the hub"
+
+
+def _settings_on_hub(name: str) -> dict:
+    """A model's config.json from the hub, {} where it has none. Raises ConfigError where the hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+
+    if all(file.rfilename != "config.json" for file in models.hub_info("model", name).siblings or []):
+        return {}
+    try:
+        file = hf_hub_download(name, "config.json")
+    except Exception as error:  # of huggingface_hub, of its client, of the disk
+        raise models.cannot_download(name, error) from error
+    return store.read_json(Path(file))

@@ -82,6 +82,8 @@ def run(config_path: str | Path, run_folder: Path, reason: str, limit_seconds: f
             ended = engine.run_module("distill.train", arguments, log, hear, left, append=bool(sessions))
             if not sessions or not backoff.ran_out(ended.status, kills, backoff.kernel_kills()):
                 return _failure(ended, log, latest.get("failed"))
+            if not latest.get("in_steps"):
+                return backoff.outside_of_steps(job, sessions[-1])
             step = latest.get("out_of_memory", latest).get("step", 0)  # one that the kernel killed could not say
             say(backoff.back_off(job, sessions[-1], step, run_folder / "checkpoints"))
 
@@ -161,6 +163,11 @@ def main() -> None:
         message = f"{type(error).__name__}: {error}"
         engine.emit(failed=message)
         sys.exit(message)
+    except Exception as error:
+        if not faults.is_out_of_memory(error):
+            raise
+        print(f"out of memory outside of the steps: {error}")
+        sys.exit(backoff.STATUS)
 
 
 def train(job: dict, run_folder: Path) -> None:
@@ -169,8 +176,9 @@ def train(job: dict, run_folder: Path) -> None:
 
     disable_progress_bar()
     student, lab, checkpoints = job["models"]["student"], config.lab_settings(job), run_folder / "checkpoints"
-    key = checkpoint.resume_key(job, "builtin")
-    past = backoff.history(checkpoints, key)
+    known = checkpoint.identity(job, "builtin")
+    key = known["resume_key"]
+    past = backoff.history(checkpoints, key, job["training"])
     fitted = backoff.fitted(job, past)
     found = _open_session(run_folder, key, backoff.split_of(fitted["training"]))
     chosen = _choose(fitted["training"], lab, past)
@@ -189,7 +197,7 @@ def train(job: dict, run_folder: Path) -> None:
     with faults.naming_full_disk(out_dir), store.atomic_folder(out_dir) as folder:
         trained = _save(trainer.model, student, tokenizer, run_folder, folder)
         metrics["tensors_moved"] = checkpoint.verify_checkpoint(folder, before, trained)
-        store.write_manifest(folder, checkpoint.record(job, run_folder, before, chosen, metrics) | sessions, name=RUN_RECORD)
+        store.write_manifest(folder, checkpoint.record(job, run_folder, known, before, chosen, metrics) | sessions, name=RUN_RECORD)
     shutil.rmtree(checkpoints)
     say(f"checkpoint: {store.shown(out_dir)}")
 
@@ -233,7 +241,10 @@ def _reporter(metrics_path: Path):
 
     class Reporter(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            engine.emit(step=state.global_step, steps=state.max_steps)
+            engine.emit(step=state.global_step, steps=state.max_steps, in_steps=True)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            engine.emit(in_steps=False)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             event = {"step": state.global_step, "steps": state.max_steps, **logs}

@@ -7,9 +7,8 @@ that is damaged is saved.
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 LOOK_STEPS = 5
 USUAL_STEPS = 50  # whose median is what is usual
@@ -78,14 +77,15 @@ class Watch:
         weights: Callable[[], Sequence[float]],
         fp16: bool = False,
         moved: bool = False,
-        levels: Mapping[str, dict] = MappingProxyType({}),
+        levels: dict | None = None,
     ) -> None:
         self.peak_rate, self.weights, self.fp16, self.moved = peak_rate, weights, fp16, moved
         self.first = None if moved else weights()
         self.losses: list[float] = []  # of the steps that should have moved the weights
-        self.loss, self.norm = (_Level(name, levels.get(name, {})) for name in ("loss", "gradient norm"))
+        self.loss, self.norm = (_Level(name, (levels or {}).get(name, {})) for name in ("loss", "gradient norm"))
         self.skipped = 0  # steps in a row
         self.last_good = "none before it"
+        self.calm_step = 0  # the last one whose figures were as usual
         self.pending: list[Figures] = []
 
     def add(self, figures: Figures) -> bool:
@@ -104,6 +104,7 @@ class Watch:
             if found := self._not_finite(figures, loss, norm) or self._explosion(figures.step, loss, norm) or self._skipping(figures):
                 return found
             self.last_good = f"{loss:.4g} at step {figures.step}"
+            self.calm_step = self.calm_step if self.uneasy else figures.step
             if figures.learning_rate >= self.peak_rate / 10 and not figures.skipped and not self.moved:
                 self.losses.append(loss)
         if scale is not None and scale < 1:

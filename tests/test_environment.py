@@ -316,6 +316,10 @@ def stop_python(folder: Path) -> None:
     environment.python_of(folder).chmod(0o755)
 
 
+def record_of(folder: Path) -> Path:
+    return next(packages.folder_of(folder).glob("no_such_package*.dist-info")) / packages.RECORD
+
+
 DAMAGES = {
     "a file is gone": lambda folder: (packages.folder_of(folder) / "no_such_package" / "data.txt").unlink(),
     "a file is cut": lambda folder: (packages.folder_of(folder) / "no_such_package" / "data.txt").write_text("some"),
@@ -323,6 +327,10 @@ DAMAGES = {
     "the interpreter is gone": break_link,
     "the interpreter does not run": stop_python,
     "the seal is cut": lambda folder: (folder / environment.SEALED).write_text("{"),
+    "the seal is a list": lambda folder: (folder / environment.SEALED).write_text("[]"),
+    "a record is cut": lambda folder: record_of(folder).write_text("no_such_package/__init__.py,sha256=x"),
+    "a record is no text": lambda folder: record_of(folder).write_bytes(b"\xff,\x00,1\n"),
+    "all packages are gone": lambda folder: shutil.rmtree(packages.folder_of(folder)),
 }
 
 

@@ -13,8 +13,12 @@ import pytest
 
 from distill import answers, generation, label, models, store
 from distill.data import prepare_system1_dataset
-from distill.errors import BackendError, ConfigError, DataError
+from distill.errors import BackendError, ConfigError, DataError, PreflightError
+from distill.machine import ANSWER_TOKENS, QUESTION_TOKENS
+from distill.memory import Asking, asking_need
+from distill.preflight import Machine
 from distill.prompt import asked_ids
+from distill.shapes import find_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +39,8 @@ def journals(project: Path) -> list[Path]:
 
 def ids_in(journal: Path) -> list[str]:
     # as it is: read_journal would mend it, under the hands of whoever writes
-    return [entry["id"] for line in journal.read_bytes().splitlines(keepends=True) if (entry := store._entry(line))]
+    entries = [entry for line in journal.read_bytes().splitlines(keepends=True) if (entry := store._entry(line))]
+    return [entry["id"] for entry in entries if entry["id"] != answers.MODEL]
 
 
 # Loading
@@ -224,6 +229,63 @@ def test_other_bits_or_other_files_are_another_teacher(teacher, tmp_path):
     weights = tmp_path / "copy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert label._Named(str(tmp_path / "copy"), 8).identity() != same
+
+
+PARITY = [f"Tell me the parity of {number}." for number in range(4320, 4324)]
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets the memory that is free: figures in GiB; returns how often it was asked for."""
+    asked = []
+
+    def has(gib: float) -> list:
+        monkeypatch.setattr("distill.machine.this_machine", lambda: asked.append(gib) or Machine("this CPU", gib))
+        return asked
+
+    return has
+
+
+def test_momentary_memory_makes_no_other_teacher_and_one_journal_holds_one_precision(project, teacher, memory, capsys):
+    shape, _ = find_shape(teacher)
+    eight, four = (asking_need(shape, Asking(bits, QUESTION_TOKENS + ANSWER_TOKENS, 1)).gib for bits in (8, 4))
+    store.write_rows(project / "few.json", [{"instruction": text} for text in PARITY[:2]])
+    store.write_rows(project / "many.json", [{"instruction": text} for text in PARITY])
+    memory((eight + four) / 2)
+    assert label.label_file("few.json", teacher, "out.json", max_new_tokens=12).bits == 4
+    memory(eight + 1)
+    labeled = label.label_file("many.json", teacher, "out.json", max_new_tokens=12)
+    assert (labeled.reused, labeled.bits, len(journals(project))) == (2, 4, 1)
+    assert store.read_manifest(project / "out.json")["bits"] == 4
+    assert "teacher: 4 bits (those of its earlier answers)" in capsys.readouterr().out
+
+
+def test_memory_is_asked_for_only_where_a_question_is(project, teacher, memory):
+    asked = memory(40)
+    rows = label.rows_of(PARITY)
+    first = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    assert len(asked) == 1 and first.bits == 8
+    memory(0)
+    second = label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    assert asked == [40] and second.reused == len(rows) and second.bits == 8
+    with pytest.raises(PreflightError, match="The teacher does not fit: in 8 bits"):
+        label.label_rows(label.rows_of(["Tell me the parity of 17."]), label.teacher_of(teacher), max_new_tokens=12)
+
+
+def engine_that_dies(*arguments):
+    raise BackendError("killed")
+
+
+def test_bits_of_an_attempt_that_answered_nothing_bind_no_later_one(project, teacher, memory, monkeypatch):
+    memory(40)
+    rows = label.rows_of(PARITY[:1])
+    with monkeypatch.context() as patch, pytest.raises(BackendError, match="killed"):
+        patch.setattr(label, "ask", engine_that_dies)
+        label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
+    shape, _ = find_shape(teacher)
+    four = asking_need(shape, Asking(4, QUESTION_TOKENS + ANSWER_TOKENS, 1)).gib
+    memory(four + 1e-4)
+    assert label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12).bits == 4
 
 
 def test_changed_weights_are_another_teacher(project, teacher):

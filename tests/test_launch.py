@@ -12,13 +12,15 @@ import psutil
 import pytest
 import standin_easydistill
 
-from distill import config, easydistill, launch, machine, store, workplace
+from distill import checkpoint, config, easydistill, launch, machine, store, workplace
 from distill.checkpoint import RUN_RECORD, weight_hashes
 from distill.errors import ConfigError, DataError
 from distill.models import load_to_train
+from distill.shapes import SHIPPED
 
 ROWS = [{"instruction": f"Is {number} even or odd?", "output": "odd" if number % 2 else "even"} for number in range(1000, 1024)]
 STANDIN = "a standin's folder; touch pwned $(touch pwned)"
+T4 = {"name": "Tesla T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"}
 EQUAL = {"group_by_length": False, "num_epochs": 1, "logging_steps": 2}
 
 
@@ -85,6 +87,22 @@ def test_its_log_becomes_the_labs_metrics_and_bars_are_not_logged(tmp_path, stan
     wanted = {"rows": 24, "steps": 4, "train_seconds": 1.5, "train_loss": 2.0, "first_loss": 2.0, "last_loss": 1.0}
     assert wanted.items() <= result.metrics.items()
     assert "'loss': 2.0" in log_of(tmp_path) and "it/s" not in log_of(tmp_path)
+
+
+def test_the_record_says_what_was_trained_on_though_the_rows_are_changed_in_the_midst(tmp_path, standin, make_job, monkeypatch):
+    job_path, train_there = make_job(tmp_path, ROWS, **EQUAL), launch._launch
+    job = store.read_json(job_path)
+    before, tokens = checkpoint.identity(job, "easydistill"), Path(job["dataset"]["labeled_path"])
+
+    def train_and_change(*arguments) -> dict:
+        facts = train_there(*arguments)
+        tokens.write_text(tokens.read_text() + "\n")
+        return facts
+
+    monkeypatch.setattr(launch, "_launch", train_and_change)
+    launch.run(job_path, tmp_path / "run", "test", standin())
+    assert before.items() <= store.read_manifest(tmp_path / "out", name=RUN_RECORD).items()
+    assert checkpoint.resume_key(job, "easydistill") != before["resume_key"]
 
 
 def test_an_error_in_a_harmless_line_is_no_fault(tmp_path, standin, make_job):
@@ -279,7 +297,7 @@ def test_what_only_the_built_in_engine_does_is_refused(refused, change, said):
 
 
 def test_bf16_is_refused_on_a_gpu_that_only_imitates_it(refused, monkeypatch):
-    monkeypatch.setattr(machine, "gpu", lambda: {"name": "T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
+    monkeypatch.setattr(machine, "gpu", lambda: T4)
     assert "bf16 needs 8.0" in refused(bf16=True)[0] and refused(fp16=True) == []
 
 
@@ -313,14 +331,32 @@ def test_a_student_on_the_hub_is_looked_for_there_and_its_silence_blames_nobody(
         refused(student="Qwen/Nowhere")
 
 
-def test_a_student_too_large_for_the_memory_is_refused_with_both_figures(refused, monkeypatch, micro):
-    assert launch.parameters_in(micro / "student_system1") == pytest.approx(665_000, rel=0.01)
+def shape_of_qwen(size: str) -> dict:
+    shape = SHIPPED[f"Qwen/Qwen2.5-{size}-Instruct"]
+    return shape | {"layer_types": ["full_attention"] * shape["num_hidden_layers"]}
+
+
+def test_a_student_too_large_for_the_memory_is_refused_with_both_figures(refused, monkeypatch, tmp_path, micro):
     monkeypatch.setattr(machine, "free_ram_gib", lambda: 0.005)
     (problem,) = refused()
-    assert "0.0 GiB" in problem and "16" not in problem and "lora_rank" in problem
-    monkeypatch.setattr(launch, "parameters_in", lambda student: 1_500_000_000)
-    monkeypatch.setattr(machine, "gpu", lambda: {"name": "Tesla T4", "gib": 14.7, "free_gib": 14.1, "capability": "7.5"})
-    assert "takes 22.4 GiB" in refused()[0] and "(Tesla T4) has 14.1 GiB free" in refused()[0]
+    assert "takes 0.2 GiB for this student" in problem and "this machine has 0.0 GiB free" in problem and "lora_rank" in problem
+    monkeypatch.setattr(machine, "gpu", lambda: T4)
+    large = copy_of(micro / "student_system1", tmp_path / "large", **shape_of_qwen("1.5B"))
+    assert "optimizer 11.50" in refused(student=large)[0] and "the GPU (Tesla T4) has 14.1 GiB free" in refused(student=large)[0]
+
+
+def test_the_logits_of_a_whole_batch_are_counted_since_easydistill_holds_them(refused, monkeypatch, tmp_path, micro):
+    monkeypatch.setattr(machine, "gpu", lambda: T4)
+    small = copy_of(micro / "student_system1", tmp_path / "small", **shape_of_qwen("0.5B"))
+    assert refused(student=small, max_length=1024, per_device_train_batch_size=1) == []
+    (problem,) = refused(student=small, max_length=1024, per_device_train_batch_size=4, gradient_checkpointing=True)
+    assert "logits 6.96" in problem and "per_device_train_batch_size" in problem
+
+
+def test_a_student_whose_shape_is_not_known_is_not_refused_and_that_is_said(refused, tmp_path, micro, capsys):
+    experts = copy_of(micro / "student_system1", tmp_path / "experts", num_experts=4)
+    assert refused(student=experts) == [] and "it is a mixture of experts" in capsys.readouterr().out
+    assert "not trained on a CPU" in refused(student=experts, fp16=True)[0]
 
 
 def test_free_memory_is_known_on_linux():

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill import backoff, store, train, trainer
+from distill import backoff, models, store, train, trainer
 from distill.errors import BackendError
 
 ROWS_A_STEP = 32
@@ -136,6 +136,46 @@ def test_an_engine_that_was_killed_for_its_memory_is_started_again_with_fewer_ro
     assert record["sessions"][0] == 0 and record["sessions"][1] >= 8 and result.resumed_from is None
 
 
+@pytest.mark.parametrize("is_moment", [lambda event: "session" in event, lambda event: event.get("in_steps") is False])
+def test_a_kill_for_memory_while_loading_or_publishing_halves_nothing(tmp_path, make_job, prepared_rows, monkeypatch, is_moment):
+    """The kill is real; that the kernel did it for the memory is what it counted, as it is told here."""
+    kills = iter([0, 1])
+    monkeypatch.setattr(backoff, "kernel_kills", lambda: next(kills))
+
+    def kill(event: dict) -> None:
+        if is_moment(event):
+            for child in psutil.Process().children(recursive=True):
+                if child.cmdline()[1:3] == ["-m", "distill.train"]:
+                    os.kill(child.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(train, "_progress", lambda update: kill)
+    job = make_job(tmp_path, prepared_rows[:16], max_steps=1, warmup_ratio=0.0)
+    with pytest.raises(BackendError, match="out of memory where the model is loaded or published, not in a step. This would fit: "):
+        train.run(job, tmp_path / "run", "test")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run" / "checkpoints" / backoff.RECORD).exists()
+
+
+@pytest.mark.parametrize("where", ["load_student", "_keep_last"])
+def test_an_engine_without_memory_outside_of_the_steps_says_so_by_its_status(tmp_path, make_job, prepared_rows, monkeypatch, capsys, where):
+    import torch
+
+    job = make_job(tmp_path, prepared_rows[:8], max_steps=1, warmup_ratio=0.0)
+    monkeypatch.setattr(train, where, lambda *arguments: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr("sys.argv", ["train", "--config", str(job), "--run", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == backoff.STATUS and "out of memory outside of the steps" in capsys.readouterr().out
+
+
+def test_no_memory_for_loading_is_not_the_models_fault(micro, monkeypatch):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *arguments, **named: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        models.load_to_train(str(micro / "student_system1"))
+
+
 # The split of a step
 
 
@@ -160,20 +200,31 @@ def test_the_split_that_fitted_is_kept_for_the_next_session_of_this_job_alone(tm
     job = store.read_json(make_job(tmp_path, prepared_rows[:8], per_device_eval_batch_size=64))
     session = {"resume_key": "this", "split": backoff.split_of(job["training"])}
     assert "goes on with 8 × 2 rows in place of 16 × 1" in backoff.back_off(job, session, 5, tmp_path)
-    training = backoff.fitted(job, backoff.history(tmp_path, "this"))["training"]
+    training = backoff.fitted(job, backoff.history(tmp_path, "this", job["training"]))["training"]
     assert backoff.split_of(training) == {"micro_batch": 8, "accumulation": 2} and training["per_device_eval_batch_size"] == 32
-    assert backoff.fitted(job, backoff.history(tmp_path, "another")) == job
+    assert backoff.history(tmp_path, "another", job["training"]) == []
+
+
+def test_a_split_that_is_asked_for_anew_is_not_overridden_by_what_fitted(tmp_path, make_job, prepared_rows):
+    job = store.read_json(make_job(tmp_path, prepared_rows[:8]))
+    backoff.back_off(job, {"resume_key": "this", "split": backoff.split_of(job["training"])}, 5, tmp_path)
+    asked = {**job["training"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}  # of the same key
+    assert backoff.history(tmp_path, "this", asked) == []
+    session = {"resume_key": "this", "split": backoff.split_of(asked)}
+    assert "1 × 16 rows in place of 2 × 8" in backoff.back_off({**job, "training": asked}, session, 6, tmp_path)
+    assert [entry["step"] for entry in backoff.history(tmp_path, "this", asked)] == [6]
 
 
 @pytest.mark.parametrize(("times", "rows"), [(4, 8), (0, 1)])
 def test_after_four_times_or_with_one_row_it_fails_with_what_needs_less(tmp_path, make_job, prepared_rows, times, rows):
     job = store.read_json(make_job(tmp_path, prepared_rows[:8], max_length=4096))
-    store.write_json(tmp_path / backoff.RECORD, {"resume_key": "this", "backed_off": [{}] * times})
+    entry = {"from": backoff.split_of(job["training"])}
+    store.write_json(tmp_path / backoff.RECORD, {"resume_key": "this", "backed_off": [entry] * times})
     session = {"resume_key": "this", "split": {"micro_batch": rows, "accumulation": 1}, "capability": None}
     with pytest.raises(BackendError, match=f"out of memory after step 7, with {rows} row") as caught:
         backoff.back_off(job, session, 7, tmp_path)
     assert str(caught.value).endswith(backoff.advice(job, session)) and "This would fit: " in str(caught.value)
-    assert backoff.history(tmp_path, "this") == []
+    assert backoff.history(tmp_path, "this", job["training"]) == []
 
 
 def test_the_advice_is_the_nearest_settings_that_take_less(tmp_path, make_job, prepared_rows):

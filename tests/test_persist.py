@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from distill import copies, hub_cache, items, mirror, persist, restore, store
+from distill import copies, environment, hub_cache, items, mirror, notebook, persist, restore, rotation, store
 from distill.errors import ConfigError, DataError, DistillError
 
 OTHER_SESSION = "0123456789abcdef"
@@ -67,13 +67,22 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def write_training(run: Path, step: int, best: int | None = None, size_bytes: int = 1000) -> Path:
+def write_training(run: Path, step: int, best: int | None = None, size_bytes: int = 1000, key: str = "k") -> Path:
     """A training checkpoint as the engine seals it."""
     place = run / "checkpoints" / f"checkpoint-{step}"
     write(place / "model.safetensors", os.urandom(size_bytes))
     write(place / "optimizer.pt", os.urandom(size_bytes))
     store.write_json(place / "trainer_state.json", {"global_step": step, "best_global_step": best})
-    store.write_manifest(place, {"step": step})
+    store.write_manifest(place, {"step": step, "resume_key": key})
+    return place
+
+
+def write_published(root: Path, run: str = "system1-x", key: str = "k") -> Path:
+    """A checkpoint as the engine publishes it."""
+    place = root / "distilled-qwen"
+    write(place / "model.safetensors", os.urandom(1000))
+    job = {"dataset": {"labeled_path": str(root / "runs" / run / "train_tokenized.json")}}
+    store.write_manifest(place, {"resume_key": key, "job": job}, name="distill_run.json")
     return place
 
 
@@ -110,6 +119,16 @@ def tree(root: Path) -> dict[str, bytes]:
 def copied(drive: Path) -> set[str]:
     """Names of the items that have a copy."""
     return {path.parent.parent.relative_to(drive).as_posix() for path in drive.rglob(copies.COPY) if not path.parent.name.startswith(".")}
+
+
+def copied_steps(drive: Path) -> set[int]:
+    """Steps of the training checkpoints that have a copy."""
+    return {int(name.rpartition("-")[2]) for name in copied(drive) if "/checkpoints/checkpoint-" in name}
+
+
+def steps_in(run: Path) -> set[int]:
+    """Steps of the training checkpoints that stand in a run's folder."""
+    return {int(place.name.rpartition("-")[2]) for place in (run / "checkpoints").glob("checkpoint-*")}
 
 
 def the_copy(drive: Path, name: str) -> Path:
@@ -290,17 +309,62 @@ def test_of_a_training_the_last_two_checkpoints_and_the_best_are_kept(project, d
     assert kept == {"20", "40", "100"} and set(lab.folder.copies) >= copied(drive)
 
 
-def test_of_a_training_begun_anew_its_own_checkpoints_are_kept(project, drive):
+def test_of_a_training_begun_anew_its_own_checkpoints_are_kept_and_come_back(project, drive, new_session):
     run = project / "runs" / "system1-x"
     lab = persist.persist_to(drive)
     for step in (80, 90):
         write_training(run, step)
         lab.flush()
+    shutil.copytree(run / "checkpoints" / "checkpoint-90", run / "last")  # of the former training
     shutil.rmtree(run / "checkpoints")
     for step in (10, 20):
         write_training(run, step)
         lab.flush()
-    assert {name.rpartition("-")[2] for name in copied(drive)} == {"10", "20"}
+    assert copied_steps(drive) == {10, 20}
+    second = new_session()
+    persist.persist_to(drive)
+    assert steps_in(second / "runs" / "system1-x") == {10, 20}
+
+
+def test_a_former_trainings_checkpoints_go_before_the_first_of_a_training_begun_anew_is_copied(project, tmp_path, unmount):
+    lab = persist.persist_to(mount_small(tmp_path, unmount, "2m"))
+    write(project / "data" / "big.json", os.urandom(4 * MIB))  # no round ends well
+    run = project / "runs" / "system1-x"
+    for step in (80, 90):
+        write_training(run, step)
+    lab.flush(0.5)
+    assert 90 in copied_steps(lab.folder.folder)
+    shutil.rmtree(run / "checkpoints")
+    write_training(run, 10)
+    wait_for(lambda: 10 in copied_steps(lab.folder.folder))
+    assert copied_steps(lab.folder.folder) == {10}
+
+
+def test_checkpoints_of_a_former_training_do_not_come_back_beside_those_of_one_begun_anew(project, drive):
+    run = project / "runs" / "system1-x"
+    for step in (10, 90):
+        write_training(run, step)
+    persist.persist_to(drive).flush()
+    persist._end()
+    shutil.rmtree(run / "checkpoints")
+    write_training(run, 10)
+    lab = persist.persist_to(drive)
+    assert steps_in(run) == {10} and lab.flush() == [] and copied_steps(drive) == {10}
+
+
+def test_checkpoints_of_a_session_that_went_on_elsewhere_come_back_beside_earlier_ones(project, drive, new_session, monkeypatch):
+    write_training(project / "runs" / "system1-x", 10)
+    persist.persist_to(drive).flush()
+    second = new_session()
+    lab = persist.persist_to(drive)
+    for step in (20, 30):
+        write_training(second / "runs" / "system1-x", step)
+        lab.flush()
+    assert copied_steps(drive) == {20, 30}
+    persist._end()
+    monkeypatch.setattr(store, "ROOT", project)
+    persist.persist_to(drive)
+    assert steps_in(project / "runs" / "system1-x") == {10, 20, 30}
 
 
 def test_a_removed_copy_is_emptied_before_it_is_removed(project, drive, monkeypatch):
@@ -324,6 +388,48 @@ def test_training_checkpoints_go_when_their_training_has_ended(project, drive):
     shutil.rmtree(run / "checkpoints")
     lab.flush()
     assert copied(drive) == {"project/runs/system1-x/last"}
+
+
+def test_a_training_that_dies_while_it_is_published_has_its_checkpoints(project, drive, new_session):
+    """`last/` is written before the merge, the check and the publication."""
+    run = project / "runs" / "system1-x"
+    lab = persist.persist_to(drive)
+    for step in (10, 20):
+        write_training(run, step)
+    lab.flush()
+    shutil.copytree(run / "checkpoints" / "checkpoint-20", run / "last")
+    assert lab.flush() == []
+    second = new_session()
+    persist.persist_to(drive)
+    assert steps_in(second / "runs" / "system1-x") == {10, 20}
+
+
+@pytest.mark.parametrize(
+    "run, key, steps", [("system1-x", "k", set()), ("system1-x", "another job", {10, 20}), ("system1-y", "k", {10, 20})]
+)
+def test_a_published_checkpoint_ends_the_training_of_its_own_job_and_run(project, drive, new_session, monkeypatch, run, key, steps):
+    for step in (10, 20):
+        write_training(project / "runs" / "system1-x", step)
+    write_published(project, run, key)
+    with monkeypatch.context() as dies:
+        dies.setattr(rotation, "thin", lambda folder: None)  # before it thins what is copied
+        persist.persist_to(drive).flush()
+        second = new_session()
+    lab = persist.persist_to(drive)
+    assert steps_in(second / "runs" / "system1-x") == steps
+    assert lab.flush() == [] and copied_steps(drive) == steps
+
+
+def test_where_the_published_copy_is_damaged_the_trainings_checkpoints_come_back(project, drive, new_session, monkeypatch):
+    write_training(project / "runs" / "system1-x", 10)
+    write_published(project)
+    with monkeypatch.context() as dies:
+        dies.setattr(rotation, "thin", lambda folder: None)
+        persist.persist_to(drive).flush()
+        second = new_session()
+    flip(the_copy(drive, "project/distilled-qwen") / "model.safetensors")
+    persist.persist_to(drive)
+    assert steps_in(second / "runs" / "system1-x") == {10} and not (second / "distilled-qwen").exists()
 
 
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_comes_back(project, drive, new_session, capsys):
@@ -395,6 +501,46 @@ def test_checkpoints_that_rotate_while_they_are_copied_are_whole_or_absent(proje
         assert (place / store.MANIFEST).read_bytes() == sealed[int(name.rpartition("-")[2])]
         assert store.read_manifest(place)["step"] == int(name.rpartition("-")[2])
     assert not list((project / "runs").glob(".persist.tmp-*"))
+
+
+# What is removed here
+
+
+def test_what_is_removed_here_is_removed_there_and_does_not_come_back(project, drive, new_session):
+    write_project(project)
+    split = write(project / "data" / "train_labeled_validation.json", "[1]")
+    lab = persist.persist_to(drive)
+    lab.flush()
+    gone = [split, project / "data" / "train_labeled.json.manifest.json", project / "runs" / "system1-0123456789ab" / "metrics.jsonl"]
+    for place in gone:
+        place.unlink()
+    before = tree(project)
+    assert lab.flush() == []
+    second = new_session()
+    persist.persist_to(drive)
+    assert tree(second) == before and not any((second / place.relative_to(project)).exists() for place in gone)
+
+
+def test_a_published_checkpoint_that_is_removed_here_has_its_copy(project, drive, new_session):
+    student = write_published(project)
+    before = tree(student)
+    lab = persist.persist_to(drive)
+    lab.flush()
+    shutil.rmtree(student)
+    assert lab.flush() == []
+    second = new_session()
+    persist.persist_to(drive)
+    assert tree(second / student.name) == before
+
+
+def test_where_the_labs_folder_is_removed_as_a_whole_its_copies_stay(project, drive):
+    write_project(project)
+    lab = persist.persist_to(drive)
+    lab.flush()
+    before = copied(drive)
+    project.rename(project.with_name("removed"))
+    write(project / "data" / "rows.json", "[1]")
+    assert lab.flush() == [] and lab.flush() == [] and copied(drive) == before | {"project/data/rows.json"}
 
 
 # Drives that fail
@@ -501,11 +647,37 @@ def unmount():
         subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
-def test_a_full_drive_is_told_of_once_and_caught_up_with_when_there_is_room(project, tmp_path, unmount, capsys):
+def mount_small(tmp_path: Path, unmount, size: str) -> Path:
+    """A small drive of its own. Returns the folder of copies to make on it."""
     place = tmp_path / "small"
     place.mkdir()
-    mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", place)
+    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", place)
     unmount(place)
+    return place / "lab"
+
+
+@pytest.mark.parametrize("best, size, kept", [(None, "2600k", {40, 50}), (10, "3600k", {10, 40, 50})])
+def test_a_full_drive_gives_room_to_the_newest_checkpoint(project, tmp_path, unmount, best, size, kept):
+    """Each is 1 MiB: there is room for what is kept, and not for one more."""
+    lab = persist.persist_to(mount_small(tmp_path, unmount, size))
+    for step in (10, 20, 30, 40, 50):
+        write_training(project / "runs" / "system1-x", step, best, size_bytes=MIB // 2)
+        assert lab.flush(5) == [] and step in copied_steps(lab.folder.folder)
+    assert copied_steps(lab.folder.folder) == kept and lab.status().state == "well"
+
+
+def test_a_full_drive_gives_the_room_of_runs_that_are_no_more(project, tmp_path, unmount):
+    lab = persist.persist_to(mount_small(tmp_path, unmount, "1600k"))
+    write_training(project / "runs" / "system1-x", 10, size_bytes=MIB // 2)
+    lab.close()
+    wait_for(lambda: lab.status().state == "ended")
+    item = items.Item("project/data/rows.json", "file", write(project / "data" / "rows.json", os.urandom(MIB)))
+    shutil.rmtree(project / "runs" / "system1-x")
+    assert lab._copy_or_make_room(item).name == item.name and copied(lab.folder.folder) == {item.name}
+
+
+def test_a_full_drive_is_told_of_once_and_caught_up_with_when_there_is_room(project, tmp_path, unmount, capsys):
+    place = mount_small(tmp_path, unmount, "2m").parent
     lab = persist.persist_to(place / "lab")
     write(project / "data" / "big.json", os.urandom(4 * MIB))
     small = write(project / "reports" / "small.json", "{}")  # comes behind the big one, and fits
@@ -625,6 +797,20 @@ def test_a_copy_that_is_read_back_otherwise_is_none(project, drive, monkeypatch,
     assert "read back otherwise" in capsys.readouterr().out
     monkeypatch.undo()
     assert lab.flush() == [] and not list(drive.rglob(".tmp-*"))
+
+
+def test_a_fault_that_nobody_foresaw_is_told_of_and_copying_goes_on(project, drive, monkeypatch, capsys):
+    lab = persist.persist_to(drive)
+    with monkeypatch.context() as faulty:
+
+        def fail(*given):
+            raise RuntimeError("unforeseen")
+
+        faulty.setattr(copies.CopyFolder, "write", fail)
+        write(project / "data" / "rows.json", "[1]")
+        assert lab.flush(0.5) == ["project/data/rows.json"] and lab.status().state == "failing"
+    assert lab.flush() == [] and lab.status().state == "well"
+    assert capsys.readouterr().out.count("failed (RuntimeError('unforeseen')): it is tried again") == 1
 
 
 # Two sessions
@@ -848,8 +1034,6 @@ def test_waiting_says_that_everything_is_copied_or_that_nothing_is(project, driv
 
 
 def test_set_up_restores_and_copies(project, drive, monkeypatch, capsys):
-    from distill import environment, notebook
-
     monkeypatch.setattr(notebook, "setup_easydistill", lambda version: None)
     monkeypatch.setattr(environment, "setup_engine", lambda: sys.executable)
     monkeypatch.setattr(environment, "probe", lambda python: {"gpu": None, "versions": {}, "python": "3.13.1"})

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,10 +59,11 @@ def test_a_shape_counts_every_weight_of_the_real_architecture(form):
 
 @pytest.mark.parametrize("name", ["teacher", "student_system1", "student_system2"])
 def test_a_shape_is_read_from_a_models_folder(micro, name):
-    from distill.launch import parameters_in
+    from safetensors.torch import load_file
 
     found, source = find_shape(str(micro / name))
-    assert found.parameters == parameters_in(micro / name) and source == "the model's folder"
+    held = load_file(micro / name / "model.safetensors")
+    assert found.parameters == sum(tensor.numel() for tensor in held.values()) and source == "the model's folder"
 
 
 def test_default_models_have_a_shape_without_a_hub_and_others_blame_nobody():
@@ -69,6 +71,19 @@ def test_default_models_have_a_shape_without_a_hub_and_others_blame_nobody():
     assert found.parameters == 494_032_768 and source == "shape shipped with the lab"
     with pytest.raises(ConfigError, match="Cannot reach the hub for Qwen/Qwen2.5-14B"):
         find_shape("Qwen/Qwen2.5-14B")
+
+
+def silence(*arguments):
+    raise ConnectionError("the hub fell silent")
+
+
+def test_a_configuration_that_does_not_come_down_blames_the_hub(monkeypatch):
+    listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename="config.json")])
+    monkeypatch.setattr(models, "hub_info", lambda kind, name: listing)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", silence)  # the real one tries for 20 seconds
+    with pytest.raises(ConfigError, match="Cannot reach the hub for Qwen/Qwen2.5-14B"):
+        find_shape("Qwen/Qwen2.5-14B")
+    assert find_shape(SMALL)[1] == "shape shipped with the lab"
 
 
 def test_a_model_of_another_form_is_refused_by_name():
@@ -274,6 +289,14 @@ def test_memory_counts_the_longest_row_and_not_the_limit(settings):
     assert choose(packed, shape(SMALL), 100, with_gib(40)).need.gib > long  # packs are filled up to the limit
 
 
+def test_easydistill_is_sized_with_the_logits_of_a_whole_batch(settings):
+    values = settings().values
+    tiled, full = (
+        training_need(shape(SMALL), as_trained(values | {"backend": backend}, 1024, on(T4))) for backend in ("auto", "easydistill")
+    )
+    assert full.entries["logits"] == 3 * 4 * 1024 * values["per_device_train_batch_size"] * shape(SMALL).vocab > tiled.entries["logits"]
+
+
 def test_a_t4_trains_in_fp16_and_an_l4_in_bf16(settings):
     values = settings().values
     found = [as_trained(values, 1024, on(GPUS[name])) for name in ("T4", "L4")]
@@ -296,6 +319,15 @@ def test_a_teacher_is_held_in_8_bits_or_else_in_4_with_batches_that_fit():
         choose_teacher(shape(TEACHER), 512, 256, on(T4), bits=16)
     with pytest.raises(PreflightError, match="in 4 bits it needs"):
         choose_teacher(shape(TEACHER), 512, 256, with_gib(3))
+
+
+def test_one_question_at_a_time_is_tried_before_a_teacher_is_refused():
+    one = 512 + 988  # no half, quarter or eighth of BATCH_TOKENS
+    least = asking_need(shape(TEACHER), Asking(8, one, 1, True)).gib
+    found = choose_teacher(shape(TEACHER), 512, 988, with_gib(least + 0.001), bits=8)
+    assert found.batch_tokens == (one, "1 questions at once")
+    with pytest.raises(PreflightError, match=r"in 8 bits it needs .*Ask for 4 bits"):
+        choose_teacher(shape(TEACHER), 512, 988, with_gib(least - 0.001), bits=8)
 
 
 def test_a_teachers_weights_are_what_bitsandbytes_makes_of_them(micro):
@@ -391,12 +423,35 @@ def test_the_plans_rows_are_those_of_the_form():
 # What is chosen really trains
 
 
-def test_keys_that_are_repeated_for_each_head_give_the_same_attention(monkeypatch):
-    import torch
+@pytest.fixture
+def attention(monkeypatch):
+    """Which function transformers computes "sdpa" with; what a test registers is taken back."""
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    return lambda: AttentionInterface()["sdpa"]
+
+
+LOADS = {
+    "to train": lambda folder: models.load_to_train(folder),
+    "for QLoRA": lambda folder: models.load_quantized(folder, "fp32"),
+    "to answer": lambda folder: models.load_to_answer(folder, "student", 32),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize(("capability", "is_repeated"), [((7, 5), True), ((8, 0), False), (None, False)])
+def test_keys_are_repeated_on_a_gpu_without_flash_attention(load, capability, is_repeated, attention, monkeypatch, micro):
+    before = attention()
+    monkeypatch.setattr(models, "gpu_capability", lambda: capability)
+    load(str(micro / "student_system1"))
+    assert (attention() is not before) == is_repeated
+
+
+def test_keys_that_are_repeated_for_each_head_give_the_same_attention(attention):
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     models.repeat_keys()
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, 3
@@ -404,7 +459,7 @@ def test_keys_that_are_repeated_for_each_head_give_the_same_attention(monkeypatc
     query, key, value = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (6, 2, 2))
     given = torch.randn(2, 7, 6, 8)
     outcomes = []
-    for attend in (sdpa_attention_forward, AttentionInterface()["sdpa"]):
+    for attend in (sdpa_attention_forward, attention()):
         answer = attend(module, query, key, value, None)[0]
         outcomes.append([answer, *torch.autograd.grad((answer * given).sum(), [query, key, value])])
     assert max((left - right).abs().max().item() for left, right in zip(*outcomes, strict=True)) < 1e-5

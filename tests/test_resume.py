@@ -13,8 +13,9 @@ import pytest
 
 from distill import checkpoint, resume, store, train
 from distill.checkpoint import RUN_RECORD
-from distill.models import load_to_train
+from distill.models import fingerprint, load_to_train
 from tests.conftest import write_job
+from tests.test_repository import imported
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -251,6 +252,50 @@ def test_a_job_that_learns_otherwise_has_another_key_and_one_that_only_shows_oth
     assert key() != before
 
 
+def test_the_lists_of_modules_that_decide_a_checkpoint_are_complete():
+    # modules that bring settings and files to it, watch it and report on it, and decide nothing of what is published
+    plumbing = {"errors", "console", "store", "config", "stages", "faults", "engine", "process", "machine", "easydistill", "workplace"}
+    plumbing |= {"preflight", "shapes", "memory", "samples", "watch", "data", "prompt"}
+    for backend, modules in checkpoint.MODULES.items():
+        found = set().union(*[imported(ROOT / "distill" / module) for module in modules])
+        mates = {"train", "resume"} if backend == "easydistill" else set()  # `train.publish` and what the trainer is made of
+        assert {f"{name}.py" for name in found - plumbing - mates} <= set(modules), backend
+
+
+def test_code_that_is_edited_while_a_process_runs_is_no_other_job(monkeypatch):
+    before = checkpoint.engine_sha256()
+    monkeypatch.setattr(store, "hash_file", lambda path: "edited")
+    assert checkpoint.engine_sha256() == before
+
+
+@pytest.mark.parametrize("file", ["merges.txt", "tokenizer.model", "chat_template.jinja", "config.json"])
+def test_every_kind_of_file_that_a_model_is_made_of_tells_it_from_another(tmp_path, micro, file):
+    folder = shutil.copytree(micro / "student_system1", tmp_path / "student")
+    before = fingerprint(str(folder))
+    (folder / RUN_RECORD).write_text("{}")
+    (folder / "notes.md").write_text("")
+    assert fingerprint(str(folder)) == before
+    (folder / file).write_text("{} ")
+    assert fingerprint(str(folder)) != before
+
+
+def test_a_record_says_what_the_training_was_made_of_though_its_rows_are_changed_in_its_midst(
+    tmp_path, make_job, prepared_rows, monkeypatch
+):
+    job = store.read_json(make_job(tmp_path, prepared_rows[:16], max_steps=2, warmup_ratio=0.0))
+    before, tokens, free = checkpoint.identity(job, "builtin"), Path(job["dataset"]["labeled_path"]), train._free
+
+    def change(trainer) -> None:
+        tokens.write_text(tokens.read_text() + "\n")
+        free(trainer)
+
+    monkeypatch.setattr(train, "_free", change)
+    train.train(job, tmp_path / "run")
+    record = store.read_manifest(tmp_path / "out", name=RUN_RECORD)
+    assert before.items() <= record.items() and checkpoint.resume_key(job, "builtin") != before["resume_key"]
+    assert train.finished(job, "builtin") is None
+
+
 def test_finished_says_whether_exactly_this_job_made_the_checkpoint(tmp_path, make_job, prepared_rows, capsys):
     job_path = make_job(tmp_path, prepared_rows[:16], max_steps=2, warmup_ratio=0.0)
     job = store.read_json(job_path)
@@ -264,6 +309,40 @@ def test_finished_says_whether_exactly_this_job_made_the_checkpoint(tmp_path, ma
     capsys.readouterr()
     assert train.finished(job, "builtin") is None
     assert "model.safetensors is missing or is not what" in " ".join(capsys.readouterr().out.split())
+
+
+# Saves in an uneasy moment
+
+
+@pytest.fixture
+def spikes(monkeypatch):
+    """Steps 4 and 8 are told to the watch with a gradient norm that is a million times the usual one."""
+    from dataclasses import replace
+
+    from distill.watch import Watch
+
+    add = Watch.add
+    spiked = lambda watch, figures: add(watch, replace(figures, norm=1e6 if figures.step in (4, 8) else figures.norm))  # noqa: E731
+    monkeypatch.setattr(Watch, "add", spiked)
+
+
+def test_a_save_at_a_spike_is_sealed_once_that_has_passed(tmp_path, make_job, prepared_rows, train_here, bench, spikes):
+    found = {}
+    for name in ("unbroken", "broken"):
+        folder = tmp_path / name
+        folder.mkdir()
+        job = make_job(folder, prepared_rows[:64], prepared_rows[64:72], max_steps=8, save_steps=2, logging_steps=1)
+        checkpoints = folder / "run" / "checkpoints"
+        sealed = lambda: {resume.step_of(one): (one / store.MANIFEST).is_file() for one in resume.saved(checkpoints)}  # noqa: B023, E731
+        if name == "broken":
+            train_here(job, folder / "run", 4)
+            assert sealed() == {2: True, 4: False}
+            train_here(job, folder / "run", 5)
+            assert sealed() == {2: True, 4: True}
+            assert store.read_json(checkpoints / "checkpoint-4" / resume.STATE)["levels"]["gradient norm"]["above"] == 1
+        record = train_here(job, folder / "run")  # the spike of its last step is not in the way of its publication
+        found[name] = left_by(bench, folder / "run", folder / "out")
+    assert record["sessions"] == [0, 2, 4] and found["broken"] == found["unbroken"]
 
 
 # Saves by the clock

@@ -18,7 +18,8 @@ from distill.stages import Stage
 
 DISTILL = Path(stages.__file__).parent
 # Modules that bring a stage's settings and files to it, and decide nothing of what it makes.
-PLUMBING = {"errors", "console", "stages", "store", "config", "engine", "process", "easydistill", "server", "models", "machine", "sources"}
+PLUMBING = {"errors", "console", "faults", "stages", "store", "config", "engine", "process", "easydistill", "server", "models", "machine"}
+PLUMBING |= {"sources"}
 
 
 # What decides a stage

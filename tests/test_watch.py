@@ -1,6 +1,8 @@
 """Numbers that go wrong: found within 20 steps in real trainings, and never where nothing is wrong."""
 
+import json
 import math
+import re
 
 import pytest
 
@@ -47,6 +49,18 @@ def test_an_explosion_is_found_and_a_spike_or_a_high_level_is_not():
     assert with_norms([2.0] * 30 + [5000.0, 5000.0] + [2.0] * 30 + [5000.0] + [2.0] * 20) is None
     assert with_norms([4000.0, 9000.0, 2000.0] * 20) is None  # usual here
     assert with_norms([1e-7] * 30 + [1e-3] * 20) is None  # a memorised set, then a harder batch
+
+
+def test_an_explosion_is_found_across_an_interruption_in_its_midst():
+    def with_norms(norms, levels=None):
+        watched = Watch(1e-3, moving(), moved=True, levels=levels)
+        return watched, stepped(watched, [(2.0, norm, 1e-3, False) for norm in norms])
+
+    before, found = with_norms([2.0] * 38 + [5000.0] * 2)
+    assert found is None and before.uneasy
+    step, found = with_norms([5000.0] * 20, json.loads(json.dumps(before.levels)))[1]
+    assert step == 5 and "the gradient norm explodes: 5000 at step 1, the 3. in a row, where 2 was usual" in found
+    assert with_norms([5000.0] * 20)[1] is None  # what a watch that has forgotten takes for usual
 
 
 def test_a_loss_far_above_that_of_guessing_is_found_and_a_high_beginning_or_a_harder_batch_is_not():
@@ -110,18 +124,18 @@ def test_a_scale_below_one_is_found():
     ],
 )
 def test_a_training_is_stopped_within_20_steps_with_cause_and_setting(tmp_path, make_job, prepared_rows, settings, words):
-    shape = {"warmup_ratio": 0.0, "lr_scheduler_type": "constant", "logging_steps": 1000, "num_epochs": 20, "save_steps": 4}
+    shape = {"warmup_ratio": 0.0, "lr_scheduler_type": "constant", "logging_steps": 1000, "num_epochs": 20, "save_steps": 1}
     job = make_job(tmp_path, prepared_rows[:128], **shape, **settings)
     with pytest.raises(BackendError, match="Training failed: BackendError: The training was stopped at step") as caught:
         train.run(job, tmp_path / "run", "test")
     assert words in str(caught.value)
     assert int(str(caught.value).split("stopped at step ")[1].split(":")[0]) <= 20
     assert not (tmp_path / "out").exists()
-    kept = resume.saved(tmp_path / "run" / "checkpoints")
+    kept = [folder for folder in resume.saved(tmp_path / "run" / "checkpoints") if store.read_manifest(folder)]
     assert kept and f"The last good training checkpoint is {store.shown(kept[-1])}" in str(caught.value)
 
 
-def test_no_save_follows_a_bad_number(tmp_path, make_job, prepared_rows):
+def test_no_sealed_save_follows_a_bad_number(tmp_path, make_job, prepared_rows):
     """Saved at every step: what lies there at the stop is from before the step whose numbers were bad."""
     import torch
     from safetensors.torch import load_file
@@ -129,9 +143,24 @@ def test_no_save_follows_a_bad_number(tmp_path, make_job, prepared_rows):
     settings = {"learning_rate": 1.0, "max_grad_norm": 0.0, "optim": "sgd", "warmup_ratio": 0.0, "save_steps": 1, "num_epochs": 20}
     with pytest.raises(BackendError):
         train.run(make_job(tmp_path, prepared_rows[:128], lr_scheduler_type="constant", **settings), tmp_path / "run", "test")
-    for folder in resume.saved(tmp_path / "run" / "checkpoints"):
-        assert store.read_manifest(folder)
+    kept = [folder for folder in resume.saved(tmp_path / "run" / "checkpoints") if store.read_manifest(folder)]
+    assert kept
+    for folder in kept:
         assert all(torch.isfinite(values).all() for values in load_file(folder / "model.safetensors").values())
+
+
+def test_what_is_saved_while_the_loss_explodes_is_not_gone_on_from(tmp_path, make_job, prepared_rows):
+    settings = {"learning_rate": 1.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "num_epochs": 20, "save_steps": 1}
+    with pytest.raises(BackendError, match="the loss explodes") as caught:
+        train.run(make_job(tmp_path, prepared_rows[:128], **settings), tmp_path / "run", "test")
+    third = int(re.search(r"at step (\d+), the 3\. in a row", str(caught.value))[1])
+    left = resume.saved(tmp_path / "run" / "checkpoints")
+    sealed = [folder for folder in left if store.read_manifest(folder)]
+    assert [resume.step_of(folder) for folder in left[-3:]] == [third - 3, third - 2, third - 1]
+    # the first loss that exploded, that of step third - 2, is that of the weights after step third - 3
+    assert resume.step_of(sealed[-1]) == third - 4 and store.shown(sealed[-1]) in str(caught.value)
+    key = store.read_manifest(sealed[-1])["resume_key"]
+    assert resume.claim(tmp_path / "run" / "checkpoints", key)[0] == sealed[-1]
 
 
 def test_a_set_that_is_known_by_heart_and_a_warm_up_from_zero_are_trained_to_the_end(tmp_path, make_job):
