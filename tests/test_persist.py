@@ -110,10 +110,15 @@ def tree(root: Path) -> dict[str, bytes]:
     """Every file below a folder, without the lab's own notes and what is held while it is copied."""
     found = {}
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".persist.")]
-        places = [Path(folder, name) for name in files if not name.startswith(".persist.")]
+        folders[:] = [name for name in folders if not is_own(name)]
+        places = [Path(folder, name) for name in files if not is_own(name)]
         found |= {place.relative_to(root).as_posix(): place.read_bytes() for place in places}
     return found
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is one of the lab's own notes, or of one that is being written."""
+    return name.lstrip(".").startswith("persist.")
 
 
 def copied(drive: Path) -> set[str]:
