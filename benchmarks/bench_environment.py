@@ -22,7 +22,7 @@ from colab_like import ROOT, make_repository
 
 KERNEL_HAS = ("torch", "rich", "filelock", "packaging", "pip")
 SETUP = "import distill_app; distill_app.setup_engine()"
-PYTHONS = ("3.11.5", "3.12", "3.13")  # the pinned soupsieve, which nbconvert needs, asks for 3.11.5
+PYTHONS = ("3.11.0", "3.12", "3.13")
 
 
 def main() -> None:

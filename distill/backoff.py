@@ -59,7 +59,7 @@ def train_within_memory(trainer, found: Path | None, split: dict):
 
 def split_of(training: dict) -> dict:
     """{"micro_batch": rows at a time, "accumulation": times a step} of a job's block."""
-    return {"micro_batch": training.get("per_device_train_batch_size", 8), "accumulation": training.get("gradient_accumulation_steps", 1)}
+    return dict(zip(("micro_batch", "accumulation"), config.split_of(training), strict=True))
 
 
 def smaller(split: dict) -> dict | None:

@@ -21,6 +21,7 @@ MODULES = {
 # what a job says besides what is learnt: where it goes, what is shown and kept of it, and how a step is fitted into memory
 _UNDECIDING = (
     "output_dir", "logging_steps", "disable_tqdm", "report_to", "save_total_limit", "gradient_checkpointing", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 
 
@@ -81,10 +82,10 @@ def identity(job: dict, backend: str) -> dict:
 def decisive_settings(job: dict) -> dict:
     """A job's settings that decide the weights it trains; of batch and accumulation their product, the rows of a step."""
     training = {name: value for name, value in job["training"].items() if name not in _UNDECIDING}
-    rows = training.pop("per_device_train_batch_size", 8) * training.pop("gradient_accumulation_steps", 1)
+    rows, passes = config.split_of(job["training"])
     return {
         "job_type": job["job_type"],
-        "training": {**training, "rows_a_step": rows},
+        "training": {**training, "rows_a_step": rows * passes},
         "lab": {name: value for name, value in config.lab_settings(job).items() if name != "sample_answers"},
     }
 

@@ -306,6 +306,11 @@ def build_job(settings: Settings, tokenized_path: Path) -> dict:
     }
 
 
+def split_of(training: Mapping) -> tuple[int, int]:
+    """How a step's rows are split: rows at a time, and how many times; what settings leave out is transformers' default."""
+    return training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+
+
 def lab_settings(job: dict) -> dict:
     """A job's `lab` section with what it leaves out: every key of LAB, `lora_rank` 0 where all weights are trained."""
     settings = {**LAB_DEFAULTS, **job.get("lab", {})}

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import environment, process, store
 from .console import say
 from .environment import Recipe
-from .errors import BackendError, ConfigError, DistillError, shortened
+from .errors import BackendError, ConfigError, DistillError, shortened, without_secrets
 
 SOURCE = "https://github.com/modelscope/easydistill"
 HOME = "EASYDISTILL_HOME"
@@ -278,7 +278,7 @@ def _fetch(major: int, checkout: Path) -> None:
     with store.atomic_folder(checkout) as folder:
         clone = ["git", "-c", "advice.detachedHead=false", "clone", "--depth", "1", "--branch", TAGS[major], SOURCE, str(folder)]
         quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-        ended = process.run(clone, log, env=quiet, limit_seconds=FETCH_SECONDS, clean=environment.without_credentials)
+        ended = process.run(clone, log, env=quiet, limit_seconds=FETCH_SECONDS, clean=without_secrets)
         if ended.status or ended.overdue:
             said = f"no answer within {FETCH_SECONDS} s" if ended.overdue else _last_line(log)
             raise BackendError(

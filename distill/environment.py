@@ -7,7 +7,6 @@ by the same steps (`Recipe`, `make`). `python -m distill.environment` tells as J
 
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from . import packages, process, store
 from .console import progress, say
-from .errors import BackendError, DataError, shortened
+from .errors import BackendError, DataError, shortened, without_secrets
 from .packages import python_of
 
 PROJECT = Path(__file__).resolve().parent.parent  # not store.ROOT, which a test may set elsewhere
@@ -278,16 +277,9 @@ def _options(recipe: Recipe, folder: Path, with_uv: bool) -> list[str]:
 def run(command: list[str], recipe: Recipe, update: Callable) -> None:
     """Run one step to its end, its output to the log and its latest line to the progress line. Raises BackendError with the log's end."""
     heard = count(1)
-    ended = process.run(
-        command, recipe.log, lambda line: update(next(heard), note=shortened(line, 60)), append=True, clean=without_credentials
-    )
+    ended = process.run(command, recipe.log, lambda line: update(next(heard), note=shortened(line, 60)), append=True, clean=without_secrets)
     if ended.status:
         raise failure(recipe, process.how_it_ended(ended.status))
-
-
-def without_credentials(line: str) -> str:
-    """A line without the user name and password that an address in it may carry, as a private package index's does."""
-    return re.sub(r"(?<=://)\S*@", "***@", line)
 
 
 def failure(recipe: Recipe, what: str) -> BackendError:

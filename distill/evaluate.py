@@ -12,6 +12,7 @@ from . import store
 from .answers import ask_once
 from .config import model_name
 from .errors import DataError
+from .generation import BATCH_TOKENS
 from .models import check_student
 from .prompt import REASONING_TAGS
 
@@ -70,7 +71,7 @@ def score(
     questions: str | Path,
     run_folder: Path,
     max_new_tokens: dict,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
     *,
     fresh: bool = False,
 ) -> dict:

@@ -9,6 +9,7 @@ from .errors import ConfigError, DataError
 from .prompt import MODES, asked_ids, is_unicode
 from .prompt import stop_ids as template_stop_ids
 
+BATCH_TOKENS = 16_384  # of a batch's questions and answers together
 MAX_NEW_TOKENS = {"system1": 256, "system2": 1024}
 
 
@@ -46,7 +47,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int | None = None,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
     finished: Callable[[dict[int, Answer]], None] = lambda answers: None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:

@@ -68,7 +68,7 @@ def _missing_on_hub(name: str, role: str) -> str | None:
     """What a model on the hub lacks, in words; None where it is complete. The hub is not asked about one whose weights are here."""
     if _is_cached(name, ADAPTER):
         return ADAPTER_ALONE
-    if _is_cached(name, "model.safetensors", "model.safetensors.index.json"):
+    if is_here(name):
         return None
     files = [file.rfilename for file in hub_info("model", name, role).siblings or []]
     if ADAPTER in files:
@@ -96,6 +96,11 @@ def _is_safetensors(file: Path) -> bool:
             return True
     except (SafetensorError, OSError):
         return False
+
+
+def is_here(name: str) -> bool:
+    """Whether a model lies in a folder or in the hub's cache, so that nothing large has to come."""
+    return not is_hub_name(name) or _is_cached(name, "model.safetensors", "model.safetensors.index.json")
 
 
 def _is_cached(name: str, *files: str) -> bool:

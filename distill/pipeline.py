@@ -16,6 +16,7 @@ from .config import BACKENDS, RUN, Settings, backend_problem, build_job, read_jo
 from .console import say, table
 from .errors import BackendError, ConfigError, DataError
 from .machine import this_machine
+from .memory import HALF
 from .models import RUN_RECORD
 from .train import TrainResult
 
@@ -103,13 +104,15 @@ def _done(job: dict, chosen: tuple, by_either: bool) -> TrainResult | None:
 
     by_either  whatever backend made it counts, not only the one that was chosen
     """
-    backend, out_dir = "easydistill" if chosen[0] else "builtin", Path(job["training"]["output_dir"])
-    for maker in ("builtin", "easydistill") if by_either else (backend,):
-        if record := train.finished(job, maker):
-            say(f"training of {out_dir.name}: done before, nothing has changed ({store.shown(out_dir)})")
-            log = str(_run_folder_of(job) / "train.log")
-            return TrainResult(str(out_dir), maker, "done before", 0.0, record["metrics"], log, reused=True)
-    return None
+    out_dir = Path(job["training"]["output_dir"])
+    backend = "easydistill" if chosen[0] else "builtin"
+    maker = checkpoint.recorded(out_dir, "backend") if by_either else backend
+    record = train.finished(job, maker) if maker else None
+    if record is None:
+        return None
+    say(f"training of {out_dir.name}: done before, nothing has changed ({store.shown(out_dir)})")
+    log = str(_run_folder_of(job) / "train.log")
+    return TrainResult(str(out_dir), maker, "done before", 0.0, record["metrics"], log, reused=True)
 
 
 def _train_or_fall_back(
@@ -237,9 +240,14 @@ def _fitted(settings: Settings, longest_tokens: int, run_folder: Path) -> tuple[
     machine, mine = this_machine(), _gib_in(run_folder, out_dir, out_dir.with_name(out_dir.name + ".previous"))
     machine = replace(machine, free_disk_gib=machine.free_disk_gib + mine)  # what a rerun takes the place of
     begun = begun if resume.saved(run_folder / "checkpoints") else None
-    fit = preflight.choose(settings, shape, longest_tokens, machine, begun=begun)
+    fit = preflight.choose(settings, shape, longest_tokens, machine, _download_bytes(settings.values["student_model"], shape), begun)
     table("What fits", ["choice", "value", "why"], [[name, str(value), reason] for name, (value, reason) in fit.chosen.items()])
     return fit.settings, {name: {"value": value, "reason": reason} for name, (value, reason) in fit.chosen.items()}
+
+
+def _download_bytes(student: str, shape: shapes.Shape) -> int:
+    """What of a student has still to come from the hub, where weights mostly lie in 16 bits."""
+    return 0 if models.is_here(student) else HALF * shape.parameters
 
 
 def _begun(run_folder: Path) -> dict:

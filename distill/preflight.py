@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from .config import LAB_DEFAULTS, LORA_ALPHA_PER_RANK, Settings
+from .config import LAB_DEFAULTS, LORA_ALPHA_PER_RANK, Settings, split_of
 from .errors import PreflightError
+from .generation import BATCH_TOKENS
 from .memory import Asking, Need, Training, asking_need, disk_need, publishing_need, training_need
 from .models import capability_of
 from .shapes import Shape
@@ -23,8 +24,6 @@ LORA_LEARNING_RATE = 10  # times that of full fine-tuning, for a pretrained stud
 EIGHT_BIT = "adamw_bnb_8bit"
 DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers'
 EXACT_ADAM = ("adamw_torch", DEFAULT_OPTIMIZER)
-DEFAULT_MICRO_BATCH = 8  # transformers'
-BATCH_TOKENS = 16_384  # `generation.generate`'s
 TEACHER_BITS = (8, 4)
 SHORTEST_TOKENS = 64
 LIGHTER = 0.8  # of an estimate that memory has shown to be too low
@@ -70,12 +69,12 @@ def as_trained(values: dict, longest_tokens: int, machine: Machine) -> Training:
     Raises ConfigError for a precision that the machine does not train in.
     """
     lab = {**LAB_DEFAULTS, **{key: value for key, value in values.items() if key in LAB_DEFAULTS}}
-    micro_batch = values.get("per_device_train_batch_size", DEFAULT_MICRO_BATCH)
+    micro_batch, accumulation = split_of(values)
     length = values["max_length"] if lab["packing"] else min(longest_tokens, values["max_length"])
     attention, _ = attention_on(machine.capability, values["max_length"] * (micro_batch if lab["packing"] else 1))
     return Training(
         micro_batch=micro_batch,
-        accumulation=values.get("gradient_accumulation_steps", 1),
+        accumulation=accumulation,
         length_tokens=length,
         lora_rank=lab["lora_rank"],
         lora_dropout=lab["lora_dropout"],
@@ -110,7 +109,7 @@ class Fit:
 
 
 def choose(
-    settings: Settings, shape: Shape, longest_tokens: int, machine: Machine, download_bytes: int = 0, begun: dict | None = None
+    settings: Settings, shape: Shape, longest_tokens: int, machine: Machine, download_bytes: float = 0, begun: dict | None = None
 ) -> Fit:
     """The settings to train with: as asked where that fits, else the first that does of a fixed order, each with its reason.
 
@@ -185,7 +184,7 @@ def _splits(values: dict, yours: set) -> Iterator[dict]:
     yield {}
     if yours & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         return
-    rows, passes = values.get("per_device_train_batch_size", DEFAULT_MICRO_BATCH), values.get("gradient_accumulation_steps", 1)
+    rows, passes = split_of(values)
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0:
             yield {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": passes * rows // fewer}
@@ -201,7 +200,7 @@ def _chosen(values: dict, origins: dict, changes: dict, asked: Need, need: Need,
         origin = next((origins[name] for name in names if name in origins), "default")
         return "as the training was begun" if origin == ORIGIN else origin
 
-    rows, passes = values.get("per_device_train_batch_size", DEFAULT_MICRO_BATCH), values.get("gradient_accumulation_steps", 1)
+    rows, passes = split_of(values)
     chosen = {
         "method": (method(values), reason("quantize_bits", "lora_rank")),
         "precision": precision_on(machine.capability, values),

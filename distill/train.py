@@ -220,7 +220,7 @@ def _open_session(run_folder: Path, key: str, split: dict) -> Path | None:
 def _choose(training: dict, lab: dict, past: list[dict]) -> dict:
     """What the engine decides by itself, printed: name → {"value", "reason"}."""
     # the packs of a batch are laid end to end
-    longest = training["max_length"] * (training.get("per_device_train_batch_size", 8) if lab["packing"] else 1)
+    longest = training["max_length"] * (config.split_of(training)[0] if lab["packing"] else 1)
     found = {"attention": attention_for(longest), "precision": precision_for(training)}
     if past:
         found["micro_batch"] = past[-1]["to"]["micro_batch"], f"{past[-1]['from']['micro_batch']} rows at a time ran out of memory"

@@ -230,7 +230,7 @@ def sft_settings(training: dict, checkpoints: str, validate: bool, *, precision:
     if validate:
         settings |= {"eval_strategy": pace, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
         settings |= {"eval_steps": settings["save_steps"]} if pace == "steps" else {}
-        settings.setdefault("per_device_eval_batch_size", settings.get("per_device_train_batch_size", 8))
+        settings.setdefault("per_device_eval_batch_size", config.split_of(training)[0])
     fixed = {
         "output_dir": checkpoints,
         "save_total_limit": None,  # the lab keeps and removes them itself, once a new one is whole

@@ -1,6 +1,8 @@
 """What the tests share: no network, one thread, a project folder of their own, and Python in a process of its own."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,28 @@ def project(tmp_path, monkeypatch) -> Path:
     root.mkdir()
     monkeypatch.setattr(store, "ROOT", root)
     return root
+
+
+@pytest.fixture
+def trained(project, trained_once) -> Path:
+    """A copy of a module's `trained_once`, a project in which something was distilled: wherever it lies, nothing has changed."""
+    return shutil.copytree(trained_once, project, dirs_exist_ok=True)
+
+
+def run_id(project: Path) -> str:
+    """The run that made the checkpoint at `out`."""
+    from distill import store
+    from distill.models import RUN_RECORD
+
+    return store.read_manifest(project / "out", name=RUN_RECORD)["run_id"]
+
+
+def load_benchmark(name: str):
+    """A script of `benchmarks/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

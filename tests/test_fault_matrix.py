@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import standin_easydistill
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_id
 from fault_tools import COMMIT, Disk, Fault, Hub, flip, tree, truncate
 
 from distill import answers, compare, config, easydistill, hub_rows, label, models, pipeline, resume, store, workplace
@@ -56,16 +56,6 @@ def trained_once(tmp_path_factory) -> Path:
         patch.setattr(store, "ROOT", folder)
         distil()
     return folder
-
-
-@pytest.fixture
-def trained(project, trained_once) -> Path:
-    """A copy of that project."""
-    return shutil.copytree(trained_once, project, dirs_exist_ok=True)
-
-
-def run_id(project: Path) -> str:
-    return store.read_manifest(project / "out", name=RUN_RECORD)["run_id"]
 
 
 def refusals(disk: Disk, work, clear=lambda: None) -> list[str]:

@@ -1,7 +1,6 @@
 """The notebook as it is committed, and what it calls: the choice of models, the token, and what is shown."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import load_benchmark
 
 from distill import choice, console, notebook, prompt, store
 from distill.choice import Wanted, choose
@@ -467,10 +467,7 @@ def test_a_bar_is_drawn_in_place(monkeypatch):
 
 @pytest.fixture(scope="module")
 def runner():
-    spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "benchmarks" / "run_notebook.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("run_notebook")
 
 
 def write_notebook(folder: Path, *sources: str) -> Path:

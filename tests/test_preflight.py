@@ -12,10 +12,11 @@ from distill import checkpoint, config, models, store, train, trainer
 from distill.choice import SHORT, Wanted
 from distill.config import Settings, resolve
 from distill.errors import ConfigError, PreflightError
+from distill.generation import BATCH_TOKENS
 from distill.memory import GIB, Asking, Training, asking_need, cast_bytes, disk_need, kept_bytes, training_need
 from distill.pace import GPUS, gpu_rate, known_gpu, training_minutes
 from distill.planning import USUAL_ROWS, plan
-from distill.preflight import BATCH_TOKENS, Machine, as_trained, choose, choose_teacher, machine_of
+from distill.preflight import Machine, as_trained, choose, choose_teacher, machine_of
 from distill.shapes import SHIPPED, find_shape, shape_of
 
 SMALL, LARGE, TEACHER = (f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "7B"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import standin_easydistill
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_id
 
 from distill import answers, cli, compare, evaluate, hub_rows, pipeline, sources, store
 from distill.data import prepare_system1_dataset
@@ -267,16 +267,6 @@ def trained_once(tmp_path_factory, prepared_rows) -> Path:
     return folder
 
 
-@pytest.fixture
-def trained(project, trained_once) -> Path:
-    """A copy of that project: wherever it lies, nothing has changed."""
-    return shutil.copytree(trained_once, project, dirs_exist_ok=True)
-
-
-def run_id(project: Path) -> str:
-    return store.read_manifest(project / "out", name=RUN_RECORD)["run_id"]
-
-
 def runs(project: Path) -> list[str]:
     return sorted(folder.name for folder in (project / "runs").iterdir())
 
@@ -339,6 +329,12 @@ def test_what_a_run_holds_on_the_disk_counts_as_free_for_it(trained, monkeypatch
     with open(run / "checkpoints" / "checkpoint-1" / "optimizer.pt", "wb") as file:
         file.truncate(int((needed + 0.1) * 2**30))  # sparse: it takes no room here
     distil()
+
+
+def test_a_student_that_has_still_to_come_counts_on_the_disk():
+    shape = pipeline.shapes.find_shape(str(STUDENT))[0]
+    assert pipeline._download_bytes(str(STUDENT), shape) == 0
+    assert pipeline._download_bytes("Qwen/Nowhere", shape) == 2 * shape.parameters
 
 
 def on_a_disk(monkeypatch, free_gib: float) -> None:

@@ -1,6 +1,5 @@
 """A training that is interrupted ends as if it had not been: weights, figures, sample answers; a damaged state is never used."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import load_benchmark
 
 from distill import checkpoint, resume, store, train
 from distill.checkpoint import RUN_RECORD
@@ -22,10 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_resume", ROOT / "benchmarks" / "bench_resume.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("bench_resume")
 
 
 class Killed(BaseException):
