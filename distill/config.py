@@ -127,13 +127,18 @@ class Settings:
     """A user's settings over a preset, checked.
 
     values   every setting by its flat name; paths absolute
-    origins  where each came from: "yours" or "preset <name>"
+    origins  where each came from: "yours", "your preset <file>" or "preset <name>"
     notes    what a user should be told about them
     """
 
     values: dict
     origins: dict
     notes: list = field(default_factory=list)
+
+    @property
+    def yours(self) -> set[str]:
+        """Names of the settings that a user gave, in a file or not: they are obeyed or refused, never changed."""
+        return {name for name, origin in self.origins.items() if origin.startswith("your")}
 
 
 def resolve(user: Mapping | None, preset: str) -> Settings:
@@ -151,7 +156,8 @@ def resolve(user: Mapping | None, preset: str) -> Settings:
     yours, problems = _one_name_each({key: value for key, value in user.items() if value is not None})
     base, twice = _one_name_each(read_preset(preset))
     values = {**_giving_way(base, yours), **yours}
-    origins = {key: "yours" if key in yours else f"preset {preset}" for key in values}
+    origin = f"your preset {preset}" if str(preset).endswith(".json") else f"preset {preset}"
+    origins = {key: "yours" if key in yours else origin for key in values}
     problems += twice + unset + _flat_problems(values)
     if not problems:
         values = _with_absolute_paths(values)

@@ -34,9 +34,10 @@ STARTS_OVER = (
 # What EasyDistill cannot do
 
 
-def refusals(job: dict, installation: Installation) -> list[str]:
+def refusals(job: dict, installation: Installation, *, memory: bool = True) -> list[str]:
     """What keeps EasyDistill 1.x from doing a job, a sentence each; none where it can.
 
+    memory  whether to ask if the job as it stands fits this machine
     Downloads a student that is on the hub, which any backend needs. Raises ConfigError for a student that no backend can train.
     """
     models.check_student(job["models"]["student"])
@@ -44,7 +45,7 @@ def refusals(job: dict, installation: Installation) -> list[str]:
     problems, place = settings_refusals(job), machine_of(gpu, machine.free_ram_gib(), math.inf)
     try:
         how = as_trained({**job["training"], "backend": "easydistill"}, job["training"]["max_length"], place)
-        problems += _memory_problems(student, how, place)
+        problems += _memory_problems(student, how, place) if memory else []
     except ConfigError as error:  # a precision that the machine does not train in
         problems.append(str(error))
     return problems + _student_problems(student, installation)

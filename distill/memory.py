@@ -21,6 +21,7 @@ LOGIT_COPIES = 3
 BLOCK_OF_8_BIT = 256  # values of 8-bit Adam that share an fp32 scale
 KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written
 DATA_BYTES = GIB // 4  # rows, tokens and logs: assumed
+LIBRARY_BYTES = 2 * GIB  # torch with CUDA in this machine's own memory, besides weights: assumed, not measured
 # CUDA's context and the workspaces of cuBLAS: assumed, not measured
 CONTEXT_BYTES = GIB // 2
 # the caching allocator rounds to blocks and splits them: assumed, not measured
@@ -134,6 +135,11 @@ def _moments(shape: Shape, how: Training) -> dict[str, dict[str, float]]:
 def publishing_need(shape: Shape, how: Training) -> Need:
     """The memory of publishing on a CPU: beside the trained student its checkpoint is loaded in fp32, to be merged or compared."""
     return Need({"weights": int(weight_bytes(shape, how)), "checkpoint": FP32 * shape.parameters}, "publishing the checkpoint")
+
+
+def loading_need(shape: Shape) -> Need:
+    """This machine's own memory beside a GPU's: a student is read there in fp32 before it moves, and again where an adapter is merged."""
+    return Need({"weights": FP32 * shape.parameters, "libraries": LIBRARY_BYTES}, "loading the student")
 
 
 def disk_need(shape: Shape, how: Training, download_bytes: int = 0) -> Need:

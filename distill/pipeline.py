@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import checkpoint, data, easydistill, launch, models, preflight, resume, shapes, stages, store, train
-from .config import BACKENDS, RUN, Settings, backend_problem, build_job, read_job, resolve
+from .config import BACKENDS, RUN, Settings, backend_problem, build_job, lab_settings, read_job, resolve
 from .console import say, table
 from .errors import BackendError, ConfigError, DataError
 from .machine import this_machine
@@ -56,7 +56,8 @@ def write_system2_config(config: Mapping | None = None) -> str:
 def _distill(system: str, user: Mapping | None) -> str:
     settings = resolve(user, preset=system)
     values = settings.values
-    chosen = choose_backend(build_job(settings, Path(values["labeled_path"])), values["backend"])  # refuses before anything is written
+    unsplit = build_job(settings, Path(values["labeled_path"]))
+    chosen = choose_backend(unsplit, values["backend"], is_fitted=False)  # refuses before anything is written
     with store.lock(values["out_dir"]):
         job = read_job(_write_job_alone(system, settings))
         return _run(job, values["backend"], _still(chosen, job), **{name: values[name] for name in RUN if name in values}).checkpoint
@@ -75,25 +76,35 @@ def run_easy_distill(
     job = read_job(config_path)
     chosen = choose_backend(job, backend)
     with store.lock(job["training"]["output_dir"]):
-        return _run(job, backend, chosen, time_limit_minutes=time_limit_minutes, fresh=fresh)
+        return _run(job, backend, chosen, is_fitted=False, time_limit_minutes=time_limit_minutes, fresh=fresh)
 
 
 def _run(
-    job: dict, asked: str, chosen: tuple, *, time_limit_minutes: float | None = None, fresh: bool = False, fall_back: bool = False
+    job: dict,
+    asked: str,
+    chosen: tuple,
+    *,
+    is_fitted: bool = True,
+    time_limit_minutes: float | None = None,
+    fresh: bool = False,
+    fall_back: bool = False,
 ) -> TrainResult:
     """Train a job with the backend of `choose_backend`; the lock of its `out_dir` is held.
 
     asked      the backend that was asked for; under "auto", what the other one made or began is not made again
+    is_fitted  whether the job was fitted to this machine just now
     fall_back  where EasyDistill fails, let the built-in engine train
     """
     checkpoint.check_out_dir(job["training"]["output_dir"])
     _check_tokens(job, models.check_student(job["models"]["student"]))
     run_folder = _run_folder_of(job)
     with store.lock(run_folder):
+        if not fresh and (done := _done(job, chosen, asked == "auto" or fall_back)):
+            return done
+        if not is_fitted and not chosen[0]:
+            _check_fits(job, run_folder)
         if fresh:
             shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
-        elif done := _done(job, chosen, asked == "auto" or fall_back):
-            return done
         if chosen[0] and asked == "auto" and resume.saved(run_folder / "checkpoints"):
             chosen = None, "an earlier session's training goes on"
         return _train_or_fall_back(job, run_folder, chosen, time_limit_minutes and 60 * time_limit_minutes, fresh, fall_back)
@@ -165,10 +176,11 @@ def _why_anew(job: dict, out_dir: Path) -> str:
     return " and ".join(differences) or "the student, the backend, the engine's code or the validation rows changed"
 
 
-def choose_backend(job: dict, asked: str) -> tuple[easydistill.Installation | None, str]:
+def choose_backend(job: dict, asked: str, *, is_fitted: bool = True) -> tuple[easydistill.Installation | None, str]:
     """EasyDistill's installation where it is to run a job, None for the built-in engine; and why.
 
-    asked  "auto" takes EasyDistill 1.x where it is installed and can do the job
+    asked      "auto" takes EasyDistill 1.x where it is installed and can do the job
+    is_fitted  False where the job is still to be fitted to this machine for the backend that is asked for, so that memory is asked then
     Raises ConfigError for a job that EasyDistill is asked for and cannot do, BackendError where it is asked for and not installed.
     """
     if asked not in BACKENDS:
@@ -177,7 +189,7 @@ def choose_backend(job: dict, asked: str) -> tuple[easydistill.Installation | No
         return None, "asked for"
     if asked == "easydistill":
         found = easydistill.require(1)
-        if refused := launch.refusals(job, found):
+        if refused := launch.refusals(job, found, memory=is_fitted):
             raise ConfigError.from_problems("this job for EasyDistill 1.x; backend = 'builtin' can do it", refused)
         return found, "asked for"
     found, reason = easydistill.find(1)
@@ -232,17 +244,31 @@ def _fitted(settings: Settings, longest_tokens: int, run_folder: Path) -> tuple[
     if is_finished:
         origins = settings.origins | dict.fromkeys(begun, preflight.ORIGIN)
         return Settings(settings.values | begun, origins, settings.notes), {}
-    try:
-        shape, _ = shapes.find_shape(settings.values["student_model"])
-    except ConfigError as error:
-        say(f"note: {error} So its memory is not checked.")
+    fit = _fit(settings, longest_tokens, run_folder, begun if resume.saved(run_folder / "checkpoints") else None)
+    if fit is None:
         return settings, {}
-    machine, mine = this_machine(), _gib_in(run_folder, out_dir, out_dir.with_name(out_dir.name + ".previous"))
-    machine = replace(machine, free_disk_gib=machine.free_disk_gib + mine)  # what a rerun takes the place of
-    begun = begun if resume.saved(run_folder / "checkpoints") else None
-    fit = preflight.choose(settings, shape, longest_tokens, machine, _download_bytes(settings.values["student_model"], shape), begun)
     table("What fits", ["choice", "value", "why"], [[name, str(value), reason] for name, (value, reason) in fit.chosen.items()])
     return fit.settings, {name: {"value": value, "reason": reason} for name, (value, reason) in fit.chosen.items()}
+
+
+def _fit(settings: Settings, longest_tokens: int, run_folder: Path, begun: dict | None = None) -> preflight.Fit | None:
+    """`preflight.choose` for this machine; None where the student's memory cannot be told."""
+    student, out_dir = settings.values["student_model"], Path(settings.values["out_dir"])
+    try:
+        shape, _ = shapes.find_shape(student)
+    except ConfigError as error:
+        say(f"note: {error} So its memory is not checked.")
+        return None
+    machine, mine = this_machine(), _gib_in(run_folder, out_dir, out_dir.with_name(out_dir.name + ".previous"))
+    machine = replace(machine, free_disk_gib=machine.free_disk_gib + mine)  # what a rerun takes the place of
+    return preflight.choose(settings, shape, longest_tokens, machine, _download_bytes(student, shape), begun)
+
+
+def _check_fits(job: dict, run_folder: Path) -> None:
+    """Raise PreflightError where this machine cannot train a job as it stands: every setting in it is yours, so none is changed."""
+    values = {**job["training"], **lab_settings(job), "student_model": job["models"]["student"], "out_dir": job["training"]["output_dir"]}
+    longest = store.read_manifest(Path(job["dataset"]["labeled_path"]))["counts"]["longest"]
+    _fit(Settings(values, dict.fromkeys(values, "yours")), longest, run_folder)
 
 
 def _download_bytes(student: str, shape: shapes.Shape) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from .config import LAB_DEFAULTS, LORA_ALPHA_PER_RANK, Settings, split_of
 from .errors import PreflightError
 from .generation import BATCH_TOKENS
-from .memory import Asking, Need, Training, asking_need, disk_need, publishing_need, training_need
+from .memory import Asking, Need, Training, asking_need, disk_need, loading_need, publishing_need, training_need
 from .models import capability_of
 from .shapes import Shape
 from .trainer import attention_on, precision_on
@@ -37,12 +37,14 @@ class Machine:
     free_gib       memory that is free where models live: the GPU's, or this machine's; math.inf where it is not known
     capability     the GPU's compute capability; None is a CPU
     free_disk_gib  of the project's disk; math.inf where it is not known
+    free_ram_gib   beside a GPU's memory, this machine's own; math.inf where it is not known, and on a CPU, where `free_gib` is that
     """
 
     name: str
     free_gib: float
     capability: tuple[int, int] | None = None
     free_disk_gib: float = math.inf
+    free_ram_gib: float = math.inf
 
     @property
     def gpu(self) -> bool:
@@ -56,9 +58,10 @@ class Machine:
 
 def machine_of(gpu: dict | None, free_ram_gib: float | None, free_disk_gib: float) -> Machine:
     """The machine that `environment.probe` (its "gpu"), `machine.free_ram_gib` and the disk tell of."""
+    free_ram_gib = math.inf if free_ram_gib is None else free_ram_gib
     if gpu:
-        return Machine(gpu["name"], gpu["free_gib"], capability_of(gpu), free_disk_gib)
-    return Machine("this CPU", math.inf if free_ram_gib is None else free_ram_gib, None, free_disk_gib)
+        return Machine(gpu["name"], gpu["free_gib"], capability_of(gpu), free_disk_gib, free_ram_gib)
+    return Machine("this CPU", free_ram_gib, None, free_disk_gib)
 
 
 def as_trained(values: dict, longest_tokens: int, machine: Machine) -> Training:
@@ -123,13 +126,14 @@ def choose(
     """
     if begun is not None:
         settings = Settings(settings.values | begun, settings.origins | dict.fromkeys(begun, ORIGIN), settings.notes)
-    yours = {name for name, origin in settings.origins.items() if origin == "yours"} | (LEARNT if begun is not None else set())
+    yours = settings.yours | (LEARNT if begun is not None else set())
     asked = _need(settings.values, shape, longest_tokens, machine)
     found = _first_fit(settings.values, _attempts(settings.values, yours), shape, longest_tokens, machine)
     disk = disk_need(shape, as_trained(settings.values | (found or {}), longest_tokens, machine), download_bytes)
     problems = [] if found is not None else [_memory_problem(settings.values, asked, shape, longest_tokens, machine)]
     problems += [BEGUN] if problems and begun is not None else []
     problems += [_disk_problem(disk, machine)] if disk.gib > machine.free_disk_gib else []
+    problems += [_loading_problem(loading_need(shape), machine)] if machine.gpu and loading_need(shape).gib > machine.free_ram_gib else []
     if problems:
         raise PreflightError("\n".join(problems))
     values = settings.values | found
@@ -172,7 +176,8 @@ def _levels(values: dict, yours: set) -> Iterator[dict]:
     if not lora and "optim" not in yours and values.get("optim", DEFAULT_OPTIMIZER) in EXACT_ADAM:
         yield level | {"optim": EIGHT_BIT}
     if not lora and "lora_rank" not in yours:
-        rate = {} if "learning_rate" in yours else {"learning_rate": values["learning_rate"] * LORA_LEARNING_RATE}
+        is_kept = "learning_rate" in yours or "learning_rate" not in values
+        rate = {} if is_kept else {"learning_rate": values["learning_rate"] * LORA_LEARNING_RATE}
         level, lora = level | {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA_PER_RANK * LORA_RANK, **rate}, True
         yield level
     if lora and "quantize_bits" not in yours and not values.get("quantize_bits"):
@@ -268,6 +273,13 @@ def _disk_problem(disk: Need, machine: Machine) -> str:
     return (
         f"Training needs {disk.gib:.1f} GiB of disk ({disk.moment}: {disk.listed()}), and {machine.free_disk_gib:.1f} GiB are free. "
         "Free some space, or put out_dir and the hub's cache (HF_HOME) elsewhere."
+    )
+
+
+def _loading_problem(loading: Need, machine: Machine) -> str:
+    return (
+        f"Training needs {loading.gib:.1f} GiB of this machine's own memory beside the GPU's ({loading.moment}: {loading.listed()}), and "
+        f"{machine.free_ram_gib:.1f} GiB are free. Free some, take a smaller student, or a machine with more memory."
     )
 
 

@@ -19,7 +19,7 @@ def machine(monkeypatch):
         found = (INSTALLED, "It is here.") if installed else (None, "It is not.")
         monkeypatch.setattr(easydistill, "find", lambda major: found)
         monkeypatch.setattr(easydistill, "require", lambda major: found[0])
-        monkeypatch.setattr(launch, "refusals", lambda job, installation: list(refused))
+        monkeypatch.setattr(launch, "refusals", lambda job, installation, memory=True: list(refused))
 
     return say
 

@@ -269,6 +269,12 @@ def refused(standin, job):
     return ask
 
 
+def test_memory_is_not_asked_where_the_job_is_still_to_be_fitted(standin, job, monkeypatch):
+    monkeypatch.setattr(machine, "free_ram_gib", lambda: 0.01)
+    (refused,) = launch.refusals(job, standin())
+    assert "holds a whole batch's logits" in refused and launch.refusals(job, standin(), memory=False) == []
+
+
 def copy_of(student: Path, place: Path, **changes) -> Path:
     """A student's copy with its configuration changed."""
     place.mkdir()

@@ -13,7 +13,7 @@ from distill.choice import SHORT, Wanted
 from distill.config import Settings, resolve
 from distill.errors import ConfigError, PreflightError
 from distill.generation import BATCH_TOKENS
-from distill.memory import GIB, Asking, Training, asking_need, cast_bytes, disk_need, kept_bytes, training_need
+from distill.memory import GIB, Asking, Training, asking_need, cast_bytes, disk_need, kept_bytes, loading_need, training_need
 from distill.pace import GPUS, gpu_rate, known_gpu, training_minutes
 from distill.planning import USUAL_ROWS, plan
 from distill.preflight import Machine, as_trained, choose, choose_teacher, machine_of
@@ -253,6 +253,22 @@ def test_settings_of_yours_are_refused_with_figures_and_never_changed(settings, 
     assert "This would fit: " in message
 
 
+def test_a_preset_file_of_your_own_is_refused_too_and_never_changed(project):
+    store.write_json(project / "mine.json", config.read_preset("system1") | {"per_device_train_batch_size": 64})
+    given = resolve({}, preset="mine.json")
+    assert given.origins["learning_rate"] == "your preset mine.json" and given.yours == set(given.values)
+    with pytest.raises(PreflightError, match="This would fit: per_device_train_batch_size = "):
+        choose(given, shape(SMALL), 1024, with_gib(12))
+
+
+def test_beside_a_gpu_the_machines_own_memory_is_asked_too(settings):
+    needed = loading_need(shape(LARGE))
+    assert needed.gib == pytest.approx(2 + 4 * shape(LARGE).parameters / GIB, rel=1e-6)
+    with pytest.raises(PreflightError, match=r"needs 7\.8 GiB of this machine's own memory .*weights 5\.75.*, and 7\.0 GiB are free"):
+        choose(settings(), shape(LARGE), 1024, with_gib(80, free_ram_gib=7.0))
+    assert choose(settings(), shape(LARGE), 1024, with_gib(80, free_ram_gib=8.0)).need.gib
+
+
 def test_a_training_that_was_begun_keeps_what_decides_its_weights_on_any_machine(settings):
     begun = {"lora_rank": 16, "lora_alpha": 32, "learning_rate": 2e-4}
     found = choose(settings(), shape(SMALL), 1024, with_gib(80), begun=begun)
@@ -303,7 +319,7 @@ def test_a_t4_trains_in_fp16_and_an_l4_in_bf16(settings):
     found = [as_trained(values, 1024, on(GPUS[name])) for name in ("T4", "L4")]
     assert [how.precision for how in found] == ["fp16", "bf16"] and all(how.fused_attention for how in found)
     machine = machine_of({"name": "Tesla T4", "free_gib": 14.5, "capability": "7.5"}, 10.0, 50.0)
-    assert machine == Machine("Tesla T4", 14.5, (7, 5), 50.0)
+    assert machine == Machine("Tesla T4", 14.5, (7, 5), 50.0, 10.0)
     assert machine_of(None, None, 50.0).free_gib == math.inf
 
 

@@ -306,6 +306,17 @@ def test_a_finished_training_is_not_done_again_on_a_machine_that_it_would_not_fi
         distil()
 
 
+def test_a_job_file_is_refused_on_a_machine_that_it_would_not_fit_and_nothing_is_lost(trained, monkeypatch):
+    on_a_small_machine(monkeypatch)
+    job = str(next((trained / "runs").iterdir()) / "job.json")
+    assert pipeline.run_easy_distill(job, backend="builtin").reused
+    shutil.rmtree(trained / "out")
+    stood = writings(trained)
+    with pytest.raises(PreflightError, match="Training does not fit: it needs"):
+        pipeline.run_easy_distill(job, backend="builtin", fresh=True)
+    assert writings(trained) == stood
+
+
 def test_a_training_that_was_begun_is_refused_rather_than_begun_otherwise(trained, monkeypatch):
     shutil.rmtree(trained / "out")
     (run,) = (trained / "runs").iterdir()
@@ -343,7 +354,7 @@ def on_a_disk(monkeypatch, free_gib: float) -> None:
 
 def test_what_either_backend_finished_counts_where_the_choice_is_left_to_the_lab(trained, monkeypatch):
     first = run_id(trained)
-    monkeypatch.setattr(pipeline, "choose_backend", lambda job, asked: (object(), "EasyDistill is here now"))
+    monkeypatch.setattr(pipeline, "choose_backend", lambda job, asked, **_: (object(), "EasyDistill is here now"))
     distil(backend="auto")
     assert run_id(trained) == first
 
