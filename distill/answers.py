@@ -18,6 +18,7 @@ from . import engine, models, stages, store
 from .console import progress, say
 from .errors import DistillError
 from .generation import Answer, generate
+from .machine import teacher_settings
 from .models import bits_for, device, load_to_answer
 from .prompt import asked_ids
 
@@ -59,10 +60,12 @@ def ask(requests: list[dict], run_folder: Path, title: str = "Asking") -> dict[s
 def ask_once(requests: list[dict], run_folder: Path, title: str = "Asking", *, fresh: bool = False) -> dict[str, dict]:
     """`ask` for greedy answers that are kept: what a model was asked before it is not asked again, also where that run was killed.
 
-    requests  as `ask` takes them, without "journal", sampling, and ids of the questions
-    fresh     ask all of it anew
-    Returns what `ask` returns. The answers lie in `runs/answers/<key>.jsonl`; the key hashes the model's files, its bits, the kind of
-    device and the lab's code that asks. Seconds and versions are those of the day on which an answer was given.
+    requests  as `ask` takes them, without "journal", sampling, and ids of the questions; of a teacher, "bits" None takes those that
+              its earlier answers were given in, else 8, or 4 where 8 do not fit
+    fresh     ask all of it anew; a teacher's earlier answers go with the bits they were given in
+    Returns what `ask` returns. The answers lie in `runs/answers/<key>.jsonl`; the key hashes the model's files, its role, the bits that
+    were asked for, the kind of device and the lab's code that asks. Seconds and versions are those of the day on which an answer was given.
+    Raises PreflightError where a teacher that is to be asked something does not fit.
     """
     kept = [_Kept(request) for request in requests]
     with ExitStack() as locks:
@@ -71,9 +74,27 @@ def ask_once(requests: list[dict], run_folder: Path, title: str = "Asking", *, f
             locks.enter_context(store.lock(journal))
         for one in kept:
             one.recall(fresh)
-        waiting = [one.waiting() for one in kept if one.is_waiting()]
+        waiting = [one.to_ask(fresh) for one in kept if one.is_waiting()]
         made = ask(waiting, run_folder, title) if waiting else {}
         return {one.request["name"]: one.with_answers(made.get(one.request["name"])) for one in kept}
+
+
+def in_bits_of_journal(path: str, bits: int | None, journal: Path, *, fresh: bool = False) -> dict:
+    """`teacher_settings` on this machine, in the bits of a journal's earlier answers where it has some; the journal says which.
+
+    bits   those that you ask for; None takes the journal's, else 8, or 4 where 8 do not fit
+    fresh  begin the journal anew, once it is known that the teacher fits
+    """
+    entries = {entry["id"]: entry for entry in store.read_journal(journal)}
+    earlier = entries.pop(MODEL, {}).get("bits") if len(entries) > 1 and not fresh else None
+    if earlier and not bits:
+        say(f"teacher: {earlier} bits (those of its earlier answers)")
+    held = teacher_settings(path, bits or earlier)
+    if fresh:
+        store.remove_file(journal)
+    if not earlier:
+        store.add_to_journal(journal, {"id": MODEL, "bits": held["bits"]})
+    return held
 
 
 class _Kept:
@@ -81,7 +102,9 @@ class _Kept:
 
     def __init__(self, request: dict) -> None:
         self.request, limits = request, request["max_new_tokens"]
-        decisive = [models.fingerprint(request["path"]), request["bits"], engine.gpu_is_visible(), stages.code(*stages.ANSWERING)]
+        self.is_teacher = request.get("role") == "teacher"
+        own = [self.is_teacher, request["bits"], engine.gpu_is_visible(), stages.code(*stages.ANSWERING)]
+        decisive = [models.fingerprint(request["path"]), *own]
         self.journal = store.ROOT / "runs" / "answers" / f"{store.hash_json(decisive)[:24]}.jsonl"
         asked = [(each["mode"], each["instruction"], each.get("input") or "", limits[each["mode"]]) for each in request["questions"]]
         self.names = [store.hash_json(one)[:24] for one in asked]
@@ -95,25 +118,26 @@ class _Kept:
 
     def is_waiting(self) -> bool:
         """Whether the model has to be loaded: for answers, or for what is known of it alone."""
-        return not self.known.keys() >= {MODEL, *self.names}
+        return not (self.known.keys() >= set(self.names) and self.known.get(MODEL, {}).keys() >= set(FACTS))
 
-    def waiting(self) -> dict:
-        """The request for what is missing, each question once."""
-        questions = {
-            name: {**question, "id": name}
-            for name, question in zip(self.names, self.request["questions"], strict=True)
-            if name not in self.known
-        }
-        return {**self.request, "questions": list(questions.values()), "journal": str(self.journal)}
+    def to_ask(self, fresh: bool) -> dict:
+        """The request for what is missing; a teacher's says how it is held."""
+        path, bits = self.request["path"], self.request["bits"]
+        held = in_bits_of_journal(path, bits, self.journal, fresh=fresh) if self.is_teacher else {}
+        return {**self.request, **held, "questions": list(self._missing().values()), "journal": str(self.journal)}
+
+    def _missing(self) -> dict:
+        """Name → question of what has no answer yet, each once."""
+        asked = zip(self.names, self.request["questions"], strict=True)
+        return {name: {**question, "id": name} for name, question in asked if name not in self.known}
 
     def with_answers(self, made: dict | None) -> dict:
         """What is known of the model, with the answers in the order of its questions.
 
-        made  what `ask` returned for `waiting`; None where nothing was asked
+        made  what `ask` returned for `to_ask`; None where nothing was asked
         """
         if made:
-            missing = [question["id"] for question in self.waiting()["questions"]]
-            self.known |= dict(zip(missing, made["answers"], strict=True))
+            self.known |= dict(zip(self._missing(), made["answers"], strict=True))
             self.known[MODEL] = {key: made[key] for key in FACTS}
             store.add_to_journal(self.journal, {"id": MODEL, **self.known[MODEL]})
         return {**self.known[MODEL], "answers": [self.known[name] for name in self.names]}

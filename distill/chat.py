@@ -20,11 +20,13 @@ def chat(path: str, *, mode: str | None = None, max_new_tokens: int | None = Non
     mode            "system1" or "system2"; None asks as the checkpoint was trained
     max_new_tokens  limit of an answer; None takes the mode's usual one
     questions       None reads them from standard input, a line each, until it ends
-    Returns [{"question", "answer", "tokens", "seconds", "stopped"}]. Raises ConfigError `Model not found at <path>`.
+    Returns [{"question", "answer", "tokens", "seconds", "stopped"}]. Raises ConfigError `Model not found at <path>`, DataError for a
+    checkpoint of the lab that is damaged.
     """
     path = model_name(path)
     if not is_hub_name(path) and models.missing_in_folder(Path(path)):
         raise ConfigError(f"Model not found at {path}: {models.missing_in_folder(Path(path))}")
+    store.read_manifest(path, name=RUN_RECORD)
     mode, reason = (mode, "asked for") if mode else _trained_mode(path)
     limit = generation.token_limit(max_new_tokens, mode)
     model, tokenizer = models.load_student(path)

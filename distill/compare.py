@@ -13,7 +13,6 @@ from .config import is_hub_name, model_name
 from .console import console, in_notebook, say
 from .errors import BackendError, ConfigError, DistillError, shortened
 from .evaluate import final_answer
-from .machine import teacher_settings
 
 # Who is asked in which mode.
 ROLE_MODES = {"teacher": prompt.MODES, "system1": ("system1",), "system2": ("system2",)}
@@ -106,7 +105,7 @@ def compare_models(
     """Ask teacher and students the same prompts, greedily; print the answers (Jupyter shows what is returned) and save them.
 
     prompts       [text, asked in both modes, or {"prompt": text, "modes": ["system1", "system2"]}]
-    …_path        folder or hub name; the teacher is held in 8 bits, or in 4 where 8 do not fit
+    …_path        folder or hub name; the teacher is held in the bits of its earlier answers, else in 8, or in 4 where 8 do not fit
     …_model       a loaded model, with its tokenizer; its path is then only its name
     max_tokens_…  limit of an answer, in tokens, in either mode
     fresh         ask everything anew; else a model that is loaded here is, and one by its path is asked what it was not asked before
@@ -232,11 +231,7 @@ def _ask(column: _Column, asked: list[dict], fresh: bool) -> dict:
     if column.model is not None:
         return {"bits": None, "load_seconds": None, **_ask_given(column, request)}
     role = "teacher" if column.role == "teacher" else "student"
-    request |= {
-        "path": model_name(column.path),
-        "role": role,
-        **(teacher_settings(str(column.path)) if role == "teacher" else {"bits": None}),
-    }
+    request |= {"path": model_name(column.path), "role": role, "bits": None}
     title = f"Asking the {TITLES[column.role]}"
     return answers.ask_once([request], store.ROOT / "runs" / "compare" / column.role, title, fresh=fresh)[column.role]
 

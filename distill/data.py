@@ -207,10 +207,17 @@ def check_labeled(path: str | Path, system: str) -> int:
 
 
 def _check_manifest(path: Path) -> None:
+    """Raise DataError unless a prepared file is as it was made, and the validation rows beside it are of the same preparation."""
     try:
-        store.read_manifest(path)
+        manifest = store.read_manifest(path)
     except DataError as error:
         raise DataError(f"{error} To keep changes of your own, remove its manifest.") from error
+    split = validation_path(path)
+    if manifest and store.is_file(split) and split.name not in manifest["files"]:
+        raise DataError(
+            f"{store.shown(split)} is not recorded in the manifest of {store.shown(path)}: another preparation left it, or it was added "
+            "since. Remove it; to keep it, remove that manifest."
+        )
 
 
 def _check_rows(path: Path) -> int:

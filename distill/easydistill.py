@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import environment, process, store
+from . import environment, packages, process, store
 from .console import say
 from .environment import Recipe
-from .errors import BackendError, ConfigError, DistillError, shortened, without_secrets
+from .errors import BackendError, ConfigError, DataError, DistillError, shortened, without_secrets
 
 SOURCE = "https://github.com/modelscope/easydistill"
 HOME = "EASYDISTILL_HOME"
@@ -128,9 +128,8 @@ def _places(major: int) -> list[tuple[str, str]]:
 
 def _sealed_checkout(major: int) -> list[Path]:
     """The checkout that the lab's own environment was made for, where EASYDISTILL_HOME named it then; none where there is no such."""
-    seal = _own_environment(major) / environment.SEALED
-    checkout = Path(store.read_json(seal)["checkout"]) if store.is_file(seal) else None
-    return [checkout] if checkout and checkout != _own_checkout(major) and checkout.is_dir() else []
+    checkout = Path(_sealed(major).get("checkout", _own_checkout(major)))
+    return [checkout] if checkout != _own_checkout(major) and checkout.is_dir() else []
 
 
 def _own_checkout(major: int) -> Path:
@@ -151,11 +150,19 @@ def _look(place: Path, major: int, origin: str) -> Installation:
     _check_major(place / "easydistill", major)
     if python := _own_python(place):
         return _ask(python, major, origin, place)
-    recipe = _recipe(place, major)
+    return _look_into_own(place, major, origin)
+
+
+def _look_into_own(checkout: Path, major: int, origin: str) -> Installation:
+    """What stands in the environment that the lab made for a checkout. Raises BackendError where there is none, or it has lost files."""
+    recipe = _recipe(checkout, major)
     if not environment.is_complete(recipe):
         state = "was made for another Python, torch or checkout, or not to its end" if recipe.folder.exists() else "is not made yet"
-        raise BackendError(f"The environment of {store.shown(place)} {state}; run `{setup_call(major)}`.")
-    return _ask(environment.python_of(recipe.folder), major, origin, place)
+        raise BackendError(f"The environment of {store.shown(checkout)} {state}; run `{setup_call(major)}`.")
+    found = _ask(environment.python_of(recipe.folder), major, origin, checkout)
+    if lost := packages.damage(recipe.folder, _sealed(major).get(environment.PACKAGES, [])):
+        raise BackendError(f"The environment of {store.shown(checkout)} is damaged ({lost}); run `{setup_call(major)}`.")
+    return found
 
 
 def _is_there(python: Path) -> bool:
@@ -326,8 +333,16 @@ def _recipe(checkout: Path, major: int, extras: list[str] | None = None) -> Reci
 
 def _extras(major: int) -> list[str]:
     """The extras that the lab's own environment was made with."""
-    seal = _own_environment(major) / environment.SEALED
-    return store.read_json(seal).get("extras", []) if store.is_file(seal) else []
+    return _sealed(major).get("extras", [])
+
+
+def _sealed(major: int) -> dict:
+    """What the lab's own environment says of how it was made; empty where none can be read, for `is_complete` to say so."""
+    try:
+        sealed = store.read_json(_own_environment(major) / environment.SEALED)
+    except DataError:
+        return {}
+    return sealed if isinstance(sealed, dict) else {}
 
 
 def _python_with_vllm() -> str:

@@ -13,7 +13,7 @@ from .answers import ask_once
 from .config import model_name
 from .errors import DataError
 from .generation import BATCH_TOKENS
-from .models import check_student
+from .models import RUN_RECORD, check_student
 from .prompt import REASONING_TAGS
 
 Z_95 = 1.959963984540054
@@ -84,11 +84,12 @@ def score(
     fresh           ask everything anew
     Returns {name: {"parameters", "exact_match": {family: {"value", "n", "ci"}}, "reasoned", "stopped"}}; the last two are the shares of all
     answers that reason before they answer and that end by themselves.
-    Raises ConfigError `Invalid student model: …`, BackendError with the end of the log.
+    Raises ConfigError `Invalid student model: …`, DataError for a checkpoint of the lab that is damaged, BackendError with the log's end.
     """
     paths = [model_name(model["path"]) for model in models]
     for path in paths:
         check_student(path)
+        store.read_manifest(path, name=RUN_RECORD)
     rows = list(store.read_rows(questions))
     same = {"bits": 32, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     requests = [

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import asking, models, stages, store
-from .answers import MODEL, answer_all, ask
+from .answers import MODEL, answer_all, ask, in_bits_of_journal
 from .config import is_hub_name, model_name
 from .console import say
 from .endpoint import Endpoint, generation
 from .errors import ConfigError, DataError, shortened
-from .machine import teacher_settings
 from .prompt import MODES, chat_format, format_prompt, is_trace, is_unicode, row_id, tokenizer_hash
 
 CUT_OFF, EMPTY = "an answer cut off at max_new_tokens", "an empty answer"
@@ -105,21 +104,10 @@ class _Named:
 
     def answer(self, request: dict) -> None:
         journal = Path(request["journal"])
-        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **self._held(journal)}
+        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **in_bits_of_journal(self.path, self.bits, journal)}
         folder = journal.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; the journal's lock says that it is ours
         ask([{**teacher, **request}], folder, "Labelling")
-
-    def _held(self, journal: Path) -> dict:
-        """`teacher_settings` on this machine, in the bits of the journal's earlier answers where it has some; the journal says which."""
-        entries = {entry["id"]: entry for entry in store.read_journal(journal)}
-        earlier = entries.pop(MODEL, {}).get("bits") if len(entries) > 1 else None
-        if earlier and not self.bits:
-            say(f"teacher: {earlier} bits (those of its earlier answers)")
-        held = teacher_settings(self.path, self.bits or earlier)
-        if not earlier:
-            store.add_to_journal(journal, {"id": MODEL, "bits": held["bits"]})
-        return held
 
 
 class _Loaded:

@@ -15,7 +15,11 @@ from distill import answers, compare_page, generation, models, store
 from distill.compare import Comparison, compare_models, reasoning
 from distill.errors import BackendError, ConfigError
 from distill.evaluate import final_answer
+from distill.machine import ANSWER_TOKENS, QUESTION_TOKENS
+from distill.memory import Asking, asking_need
+from distill.preflight import Machine
 from distill.prompt import asked_ids
+from distill.shapes import find_shape
 
 HOSTILE = [
     "<script>alert(1)</script><img src=x onerror=alert(2)> &amp; </div></td></table>",
@@ -72,7 +76,7 @@ def printed(shown, width: int, colour: bool = False) -> str:
 
 @pytest.fixture
 def asked(monkeypatch, project) -> list[dict]:
-    """The requests that reach `answers.ask`, answered without a model; one whose name is in `fails` fails."""
+    """The requests that reach `answers.ask`, answered without a model into their journals."""
     seen: list = []
 
     def ask(requests, run_folder, title="Asking"):
@@ -81,7 +85,9 @@ def asked(monkeypatch, project) -> list[dict]:
         made = [
             {"text": f"{request['name']} on {each['mode']}", "tokens": 4, "stopped": True, "seconds": 2.0} for each in request["questions"]
         ]
-        facts = {key: column("teacher")[key] for key in answers.FACTS}
+        for question, each in zip(request["questions"], made, strict=True):
+            store.add_to_journal(request["journal"], {"id": question["id"], **each})
+        facts = {key: column("teacher", bits=request["bits"])[key] for key in answers.FACTS}
         return {request["name"]: {**facts, "answers": made}}
 
     monkeypatch.setattr(answers, "ask", ask)
@@ -162,6 +168,91 @@ def test_a_model_that_fails_takes_no_other_down(asked, paths, monkeypatch, capsy
     made = compare_models(["both"], **paths)
     assert made.missing == {"system1": "Asking failed: it was ended by SIGKILL"}
     assert [each["role"] for each in made.columns] == ["teacher", "system2"] and "ended by SIGKILL" in capsys.readouterr().out
+
+
+# In which bits the teacher is asked
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets the memory that is free, in GiB; returns what each look at it found."""
+    looks = []
+
+    def has(gib: float) -> list:
+        monkeypatch.setattr("distill.machine.this_machine", lambda: looks.append(gib) or Machine("this CPU", gib))
+        return looks
+
+    return has
+
+
+@pytest.fixture
+def four_bits(micro) -> float:
+    """The memory, in GiB, that the micro teacher fits in by 4 bits and not by 8."""
+    shape, _ = find_shape(str(micro / "teacher"))
+    return sum(asking_need(shape, Asking(bits, QUESTION_TOKENS + ANSWER_TOKENS, 1)).gib for bits in (8, 4)) / 2
+
+
+def ask_teacher(micro, *prompts: str, **settings) -> Comparison:
+    asked = [{"prompt": text, "modes": ["system1"]} for text in prompts]
+    return compare_models(asked, str(micro / "teacher"), "./no-student", **settings)
+
+
+def test_kept_answers_ask_for_no_memory_and_keep_their_bits(asked, memory, four_bits, micro, capsys):
+    memory(four_bits)
+    first = ask_teacher(micro, "one")
+    looks = memory(0)
+    again = ask_teacher(micro, "one")
+    assert looks == [four_bits] and len(asked) == 1 and (again.answers, again.columns) == (first.answers, first.columns)
+    memory(40)
+    more = ask_teacher(micro, "one", "two")
+    assert [each["instruction"] for each in asked[1]["questions"]] == ["two"] and (asked[1]["bits"], more.columns[0]["bits"]) == (4, 4)
+    assert "teacher: 4 bits (those of its earlier answers)" in capsys.readouterr().out
+
+
+def test_a_teacher_that_does_not_fit_any_more_is_asked_nothing_new_and_keeps_its_answers(asked, memory, four_bits, micro):
+    memory(40)
+    first = ask_teacher(micro, "one")
+    memory(four_bits)
+    with pytest.raises(ConfigError, match="The teacher does not fit: in 8 bits"):
+        ask_teacher(micro, "one", "two")
+    memory(0)
+    with pytest.raises(ConfigError, match="The teacher does not fit: in 4 bits"):
+        ask_teacher(micro, "one", fresh=True)
+    assert ask_teacher(micro, "one").answers == first.answers and len(asked) == 1
+
+
+def test_fresh_asks_in_bits_that_fit_and_mixes_them_with_none_of_before(asked, memory, four_bits, micro):
+    memory(40)
+    ask_teacher(micro, "one", "two")
+    memory(four_bits)
+    assert ask_teacher(micro, "one", fresh=True).columns[0]["bits"] == 4
+    assert ask_teacher(micro, "one", "two").columns[0]["bits"] == 4
+    assert [(each["bits"], len(each["questions"])) for each in asked] == [(8, 2), (4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("answered", [1, 2])
+def test_a_teacher_killed_midway_goes_on_in_the_bits_that_it_began_in(asked, memory, four_bits, micro, monkeypatch, answered):
+    ask = answers.ask
+
+    def killed(requests, *more):
+        ask([{**requests[0], "questions": requests[0]["questions"][:answered]}], *more)
+        raise BackendError("killed")
+
+    memory(four_bits)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="killed"):
+        patch.setattr(answers, "ask", killed)
+        ask_teacher(micro, "one", "two")
+    memory(40)
+    (facts,) = ask_teacher(micro, "one", "two").columns
+    assert facts["bits"] == 4 and facts["parameters"] and [len(each["questions"]) for each in asked] == [answered, 2 - answered]
+
+
+def test_one_model_as_teacher_and_as_student_is_asked_as_each(asked, memory, micro):
+    memory(40)
+    teacher = str(micro / "teacher")
+    made = compare_models([{"prompt": "one", "modes": ["system1"]}], teacher, teacher)
+    assert [(each["name"], each["bits"]) for each in asked] == [("teacher", 8), ("system1", None)]
+    assert [each["text"] for each in made.answers] == ["teacher on system1", "system1 on system1"]
 
 
 def test_no_model_at_all_is_an_error_that_names_each_and_leaves_nothing(asked, project):

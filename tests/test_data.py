@@ -660,6 +660,20 @@ def test_a_labelled_file_of_ones_own_needs_no_manifest_and_a_prepared_one_must_m
         check_labeled("out/labeled.json", "system1")
 
 
+def test_validation_rows_of_another_preparation_are_refused_beside_a_prepared_file(project, prepare):
+    """None were split off, and some lie there: training would watch rows that may be among its own."""
+    store.write_jsonl("rows.jsonl", numbered(20))
+    prepare(validation=0)
+    assert check_labeled("out/labeled.json", "system1") == 20
+    store.write_rows("out/labeled_validation.json", [{"instruction": "question 3", "output": "x"}])
+    with pytest.raises(
+        DataError, match=r"labeled_validation\.json is not recorded in the manifest of out/labeled\.json.* Remove it; to keep"
+    ):
+        check_labeled("out/labeled.json", "system1")
+    (project / "out/labeled.json.manifest.json").unlink()  # rows of one's own, both
+    assert check_labeled("out/labeled.json", "system1") == 20
+
+
 def test_a_row_that_does_not_fit_whole_is_dropped_and_counted_and_none_is_cut(project, tokenizer):
     rows = [{"id": "a", "instruction": "Add.", "input": "2 and 2", "output": "4"}, {"instruction": "Add.", "output": "4" * 50}]
     store.write_rows("labeled.json", rows)

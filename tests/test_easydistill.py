@@ -1,6 +1,7 @@
 """Finding EasyDistill, telling its kinds apart, and making an environment for it; with stand-ins, without a network."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill import easydistill, environment, store
+from distill import easydistill, environment, packages, store
 from distill.errors import BackendError, ConfigError
 
 KINDS = {
@@ -226,6 +227,8 @@ site, = pathlib.Path(sys.argv[1]).glob("lib/*/site-packages")
 for name in sys.argv[2].split():
     (site / f"{name}-4.5.6.dist-info").mkdir()
     (site / f"{name}-4.5.6.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: 4.5.6\\n")
+    (site / f"{name}.txt").write_text("some data")
+    (site / f"{name}-4.5.6.dist-info" / "RECORD").write_text(f"{name}.txt,sha256=x,9\\n")
 """
     names = " ".join({*easydistill.RUNS_ON[1], *easydistill.RUNS_ON[2]} - {"torch"})
     monkeypatch.setattr(environment, "_installer", lambda folder: [sys.executable, "-c", install, str(folder), names])
@@ -390,6 +393,30 @@ def test_an_interrupted_installation_is_made_anew(tmp_path, project, stand_in_in
     make_environment(half, all_of(1))
     assert "not to its end" in say_no(1)
     assert easydistill.setup_easydistill()[1].python.is_relative_to(half)
+
+
+def site_of(project: Path) -> Path:
+    return packages.folder_of(project / ".easydistill" / "env-1")
+
+
+DAMAGES = {
+    "a file is gone": (lambda project: (site_of(project) / "trl.txt").unlink(), r"is damaged \(trl.txt is not as it was installed\)"),
+    "a file is cut": (lambda project: (site_of(project) / "trl.txt").write_text(""), r"is damaged \(trl.txt is not as it was installed\)"),
+    "a record is gone": (
+        lambda project: (site_of(project) / "trl-4.5.6.dist-info" / "RECORD").unlink(),
+        r"is damaged \(trl-4.5.6 is gone\)",
+    ),
+    "the seal is cut": (lambda project: (project / ".easydistill" / "env-1" / environment.SEALED).write_text("{"), "not to its end"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_an_environment_of_the_labs_own_that_lost_files_is_noticed_and_mended(project, repository, stand_in_installer, what):
+    spoil, said = DAMAGES[what]
+    made = easydistill.setup_easydistill(1)[1]
+    spoil(project)
+    assert re.search(f"The environment of .*{said}.*; run `python distill_app.py setup-easydistill 1`", say_no(1))
+    assert easydistill.setup_easydistill(1) == {1: made} and (site_of(project) / "trl.txt").read_text() == "some data"
 
 
 # What nobody needs unless asked

@@ -1,12 +1,14 @@
 """The scoring core: intervals, extraction of the final answer, exact match, batched generation."""
 
+import shutil
+
 import pytest
 
-from distill import generation
+from distill import generation, store
 from distill.errors import DataError
-from distill.evaluate import exact_match, final_answer, wilson
+from distill.evaluate import exact_match, final_answer, score, wilson
 from distill.generation import generate
-from distill.models import load_to_train
+from distill.models import RUN_RECORD, load_to_train
 from distill.prompt import asked_ids
 
 
@@ -54,6 +56,15 @@ def test_exact_match_counts_by_family():
 def test_exact_match_refuses_answers_that_do_not_match_the_questions():
     with pytest.raises(ValueError, match="zip"):
         exact_match([{"family": "a", "answer": "1"}], [])
+
+
+def test_a_checkpoint_that_was_changed_since_it_was_made_is_not_scored(project, micro):
+    out = shutil.copytree(micro / "student_system1", project / "out")
+    store.write_manifest(out, {}, name=RUN_RECORD)
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(DataError, match=f"model.safetensors is missing or is not what out/{RUN_RECORD} recorded"):
+        score([{"name": "m", "path": "out", "mode": None}], micro / "heldout.jsonl", project / "run", {"system1": 1, "system2": 1})
 
 
 @pytest.fixture(scope="module")
