@@ -423,7 +423,7 @@ def wait_for(condition, seconds: float):
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, "lab"), (signal.SIGTERM, "lab"), (signal.SIGTERM, "engine")])
 def test_a_signal_leaves_no_process_and_a_state_to_go_on_from(lab, bench, number, to):
     settings = ["num_epochs=40", "save_steps=5"]
-    process = bench.start(lab, settings)
+    process = bench.start(lab, bench.training(settings).command)
     wait_for(lambda: process.poll() is not None or list(lab.glob("runs/*/checkpoints/checkpoint-10/manifest.json")), 120)
     assert process.poll() is None, process.communicate()[0]
     started = psutil.Process(process.pid).children(recursive=True)
@@ -440,9 +440,16 @@ def test_a_signal_leaves_no_process_and_a_state_to_go_on_from(lab, bench, number
 
 def test_a_killed_training_that_is_run_again_says_where_it_goes_on_and_ends_as_the_unbroken_one(lab, bench, capsys):
     """Two kills; `make test-slow` has all twenty."""
-    assert bench.compare(lab, 2, 1, ["num_epochs=3", "save_steps=10"])
+    assert bench.compare(lab, 2, 1, bench.training(["num_epochs=3", "save_steps=10"]))
     said = capsys.readouterr().out
     assert said.count("kill ") >= 2 and "continues at step" in said and "DIFFERENT" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prepare", "label"])
+def test_twenty_kills_of_preparing_and_labelling_change_nothing(tmp_path, bench, stage, capsys):
+    assert bench.compare(bench.make_lab(tmp_path / "lab"), 20, 0, bench.STAGES[stage]())
+    assert capsys.readouterr().out.count("  kill ") == 20
 
 
 @pytest.mark.slow
@@ -450,4 +457,4 @@ def test_twenty_kills_change_nothing(tmp_path, bench, prepared_rows):
     folder = bench.make_lab(tmp_path / "lab")
     store.write_rows(folder / "data" / "train_labeled.json", prepared_rows)
     store.write_rows(folder / "data" / "train_labeled_validation.json", prepared_rows[:50])
-    assert bench.compare(folder, 20, 0, ["num_epochs=12"])
+    assert bench.compare(folder, 20, 0, bench.training(["num_epochs=12"]))
