@@ -13,7 +13,7 @@ from .models import RUN_RECORD, fingerprint, load_to_train
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 # The modules that decide what is published; a test holds the lists complete.
-_EITHER = ("checkpoint.py", "generation.py", "models.py", "trainer.py")
+_EITHER = ("checkpoint.py", "generation.py", "models.py", "prompt.py", "trainer.py")
 MODULES = {
     "builtin": ("train.py", "resume.py", "backoff.py", *_EITHER),
     "easydistill": ("launch.py", "workplace.py", *_EITHER),

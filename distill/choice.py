@@ -89,14 +89,15 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def choose(gpu: bool, hub: bool, wanted: Wanted) -> Choice:
+def choose(gpu: bool, hub: bool, wanted: Wanted, here: bool = False) -> Choice:
     """The models, data and settings of a run.
 
     gpu, hub  whether a GPU is there, and whether the model hub answers
-    Raises ConfigError for a value that is none of the form's, and for a GPU without a hub.
+    here      whether the form's models are here, so that no hub is needed for them
+    Raises ConfigError for a value that is none of the form's, and for a GPU with neither hub nor models.
     """
     _check(wanted)
-    if wanted.use_micro_world == "auto" and gpu and not hub:
+    if wanted.use_micro_world == "auto" and gpu and not (hub or here):
         raise ConfigError(
             "There is a GPU, but the model hub cannot be reached, so the Qwen models cannot be loaded. Turn the network on "
             "(or check a proxy and HF_HUB_OFFLINE) and run this cell again; or set USE_MICRO_WORLD = 'yes', which needs no hub. "
@@ -126,7 +127,7 @@ def _reason(gpu: bool, hub: bool, asked: str) -> str:
     if asked != "auto":
         return f"USE_MICRO_WORLD = {asked!r}"
     if gpu:
-        return "a GPU is there, and the hub answers"
+        return "a GPU is there, and the hub answers" if hub else "a GPU is there, and so are the models"
     return "no GPU is there, and on a CPU a teacher of 7B takes hours" if hub else "no GPU is there, and the hub cannot be reached"
 
 

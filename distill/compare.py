@@ -200,8 +200,6 @@ def _check_model(column: _Column):
         raise ConfigError(
             f"Model not found at {column.path}: {models.missing_in_folder(Path(name))} Distil it first, or give another {column.role}_path."
         )
-    if not is_hub_name(name):
-        store.read_manifest(name, name=models.RUN_RECORD)
     return models.check_model(name, "teacher" if column.role == "teacher" else "student")
 
 

@@ -13,7 +13,7 @@ from .answers import ask_once
 from .config import model_name
 from .errors import DataError
 from .generation import BATCH_TOKENS
-from .models import RUN_RECORD, check_student
+from .models import check_student
 from .prompt import REASONING_TAGS
 
 Z_95 = 1.959963984540054
@@ -89,7 +89,6 @@ def score(
     paths = [model_name(model["path"]) for model in models]
     for path in paths:
         check_student(path)
-        store.read_manifest(path, name=RUN_RECORD)
     rows = list(store.read_rows(questions))
     same = {"bits": 32, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     requests = [

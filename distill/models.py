@@ -32,7 +32,8 @@ def check_student(name: str):
     """Make sure that a student can be loaded, without loading its weights. Returns its tokenizer.
 
     name  a folder, or a name on the hub
-    Raises ConfigError: `Invalid student model: …`, or `Cannot reach the hub for …`, which blames nobody.
+    Raises ConfigError: `Invalid student model: …`, or `Cannot reach the hub for …`, which blames nobody; DataError for a checkpoint of
+    the lab that is not as it was published.
     """
     return check_model(name, "student")
 
@@ -43,6 +44,7 @@ def check_model(name: str, role: str):
         missing = missing_in_folder(Path(name))
         if missing:
             raise _invalid(name, role, missing)
+        store.read_manifest(name, name=RUN_RECORD)
     elif missing := _missing_on_hub(name, role):
         raise _invalid(name, role, missing)
     return load_tokenizer(name, role)

@@ -22,7 +22,7 @@ from .console import say
 from .easydistill import setup_easydistill
 from .errors import ConfigError, DataError
 from .evaluate import final_answer
-from .models import RUN_RECORD
+from .models import RUN_RECORD, is_here
 from .own_traces import write_traces
 from .trace_tools import score_traces
 
@@ -109,9 +109,11 @@ def choose_models(machine: Machine, **wanted) -> Choice:
     """Decide what this run uses: the Qwen models of the form, or the micro world; says which and why.
 
     wanted  the form's fields (`Wanted`), e.g. use_micro_world="no", rows_system2=500
-    Raises ConfigError for a GPU without a hub, naming both ways on.
+    Raises ConfigError for a GPU with neither hub nor models, naming both ways on.
     """
-    chosen = choose(gpu=machine.gpu is not None, hub=machine.hub, wanted=Wanted(**wanted))
+    asked = Wanted(**wanted)
+    names = (asked.teacher_model, asked.student_system1, asked.student_system2)
+    chosen = choose(machine.gpu is not None, machine.hub, asked, here=all(map(is_here, names)))
     for note in chosen.notes:
         say(note)
     if wanted.get("teacher") == "endpoint":

@@ -115,15 +115,19 @@ def _done(job: dict, chosen: tuple, by_either: bool) -> TrainResult | None:
 
     by_either  whatever backend made it counts, not only the one that was chosen
     """
-    out_dir = Path(job["training"]["output_dir"])
-    backend = "easydistill" if chosen[0] else "builtin"
-    maker = checkpoint.recorded(out_dir, "backend") if by_either else backend
-    record = train.finished(job, maker) if maker else None
+    out_dir, backend = Path(job["training"]["output_dir"]), "easydistill" if chosen[0] else "builtin"
+    maker, record = _finished(job, None if by_either else backend)
     if record is None:
         return None
     say(f"training of {out_dir.name}: done before, nothing has changed ({store.shown(out_dir)})")
     log = str(_run_folder_of(job) / "train.log")
     return TrainResult(str(out_dir), maker, "done before", 0.0, record["metrics"], log, reused=True)
+
+
+def _finished(job: dict, backend: str | None) -> tuple[str | None, dict | None]:
+    """The backend that finished a job, and the record of it; (…, None) where it is not finished. None takes either backend's."""
+    maker = backend or checkpoint.recorded(Path(job["training"]["output_dir"]), "backend")
+    return maker, train.finished(job, maker) if maker else None
 
 
 def _train_or_fall_back(
@@ -225,7 +229,7 @@ def _write_job_alone(system: str, settings: Settings) -> str:
         with _made(_run_folder(system, settings), values.get("fresh", False)) as run_folder:
             tokens = run_folder / "train_tokenized.json"
             counts = _tokenize(system, values, tokenizer, tokens)
-            settings, fit = _fitted(settings, counts["train"]["longest"], run_folder)
+            settings, fit = _fitted(settings, counts["train"]["longest"], tokens)
             show_settings(settings)
             plan = {"mode": system, "settings": _with_origins(settings), "data": {"labeled_path": values["labeled_path"], **counts}}
             store.write_json(run_folder / "plan.json", {**plan, "preflight": fit})
@@ -234,16 +238,17 @@ def _write_job_alone(system: str, settings: Settings) -> str:
     return str(job_path)
 
 
-def _fitted(settings: Settings, longest_tokens: int, run_folder: Path) -> tuple[Settings, dict]:
+def _fitted(settings: Settings, longest_tokens: int, tokens: Path) -> tuple[Settings, dict]:
     """Settings that fit this machine; and what was chosen, shown: name → {"value", "reason"}.
 
     A run that was finished or begun keeps what decides its weights, whatever machine this is.
     """
-    out_dir = Path(settings.values["out_dir"])
-    begun, is_finished = _begun(run_folder), _is_of(run_folder, out_dir)
-    if is_finished:
-        origins = settings.origins | dict.fromkeys(begun, preflight.ORIGIN)
-        return Settings(settings.values | begun, origins, settings.notes), {}
+    run_folder, asked = tokens.parent, settings.values["backend"]
+    begun = _begun(run_folder)
+    kept = Settings(settings.values | begun, settings.origins | dict.fromkeys(begun, preflight.ORIGIN), settings.notes)
+    by_either = asked == "auto" or settings.values.get("fall_back")
+    if store.is_file(run_folder / "plan.json") and _finished(build_job(kept, tokens), None if by_either else asked)[1]:
+        return kept, {}
     fit = _fit(settings, longest_tokens, run_folder, begun if resume.saved(run_folder / "checkpoints") else None)
     if fit is None:
         return settings, {}
@@ -282,12 +287,6 @@ def _begun(run_folder: Path) -> dict:
     before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
     changed = {name: setting["value"] for name, setting in before.items() if setting["origin"] == preflight.ORIGIN}
     return {name: value for name, value in changed.items() if name in preflight.LEARNT}
-
-
-def _is_of(run_folder: Path, out_dir: Path) -> bool:
-    """Whether the checkpoint at `out_dir` is a run's, by its record."""
-    job = checkpoint.recorded(out_dir, "job")
-    return bool(job) and _run_folder_of(job).name == run_folder.name and store.is_file(run_folder / "plan.json")
 
 
 def _gib_in(*folders: Path) -> float:

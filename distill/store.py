@@ -130,10 +130,14 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put `<path>.previous` back where a publication was cut short between its two renames; sweep up behind the dead."""
-    sweep(path)
-    if not path.exists() and _previous(path).exists():
+    """Put `<path>.previous` back where a publication was cut short between its two renames; sweep up behind the dead.
+
+    Only the folder that was to be published tells that from a `path` which its user removed.
+    """
+    cut_short = any(temporary.is_dir() for temporary in _temporaries(path))
+    if cut_short and not path.exists() and _previous(path).exists():
         _previous(path).rename(path)
+    sweep(path)
 
 
 def _previous(path: Path) -> Path:
@@ -214,10 +218,15 @@ def _temporary_name(path: Path) -> Path:
 
 def sweep(path: Path) -> None:
     """Remove the temporary files and folders that dead processes left for `path`."""
-    for leftover in path.parent.glob(f".{_glob_escape(path.name)}.tmp-*"):
+    for leftover in _temporaries(path):
         pid = leftover.name.rsplit(".tmp-", 1)[1].split("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not is_alive(int(pid)):
             _remove(leftover)
+
+
+def _temporaries(path: Path) -> Iterator[Path]:
+    """What stands under the temporary names of `path`, whoever's."""
+    return path.parent.glob(f".{_glob_escape(path.name)}.tmp-*")
 
 
 def _glob_escape(name: str) -> str:
@@ -479,16 +488,22 @@ def _manifest_place(target: Path, name: str) -> Path:
 # Locks
 
 
+def _lock_folder() -> Path:
+    """Where every process of this machine looks, whatever its TMPDIR says."""
+    shared = Path("/tmp")
+    return shared if os.access(shared, os.W_OK) else Path(gettempdir())
+
+
 @contextmanager
 def lock(target: str | Path) -> Iterator[None]:
-    """Hold `target` for this process alone; a second run on the same place is refused at once.
+    """Hold `target` for this process alone; a second run on the same place, by whatever name it goes, is refused at once.
 
-    The lock goes with the process, so that a killed run leaves nothing locked.
+    The lock goes with the process, so that a killed run leaves nothing locked. It holds on one machine.
     """
     from filelock import FileLock, Timeout
 
     target = resolve(target)
-    place = Path(gettempdir()) / f"qwen-lab-{hashlib.sha256(os.fsencode(target)).hexdigest()[:24]}.lock"
+    place = _lock_folder() / f"qwen-lab-{hashlib.sha256(os.fsencode(os.path.realpath(target))).hexdigest()[:24]}.lock"
     try:
         with cannot_write(place):
             held = FileLock(place).acquire(blocking=False)

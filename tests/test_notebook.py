@@ -107,6 +107,15 @@ def test_a_gpu_without_hub_is_an_error_that_names_both_choices():
     assert "USE_MICRO_WORLD = 'yes'" in str(error.value)
 
 
+def test_a_gpu_without_hub_takes_the_forms_models_where_they_are_here(monkeypatch, capsys):
+    monkeypatch.setattr(notebook, "is_here", lambda name: name.startswith("Qwen/"))
+    gpu = {"name": "T4", "gib": 14.6, "free_gib": 14.5, "capability": "7.5"}
+    assert notebook.choose_models(Machine(gpu, False, {})).system1["student_model"] == Wanted().student_system1
+    assert "a GPU is there, and so are the models" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="Turn the network on"):
+        notebook.choose_models(Machine(gpu, False, {}), student_system2="Elsewhere/Qwen")
+
+
 @pytest.mark.parametrize("wrong", ["Yes", "", None, True])
 def test_another_value_of_the_field_is_an_error(wrong):
     with pytest.raises(ConfigError, match="USE_MICRO_WORLD"):

@@ -317,6 +317,14 @@ def test_a_job_file_is_refused_on_a_machine_that_it_would_not_fit_and_nothing_is
     assert writings(trained) == stood
 
 
+def test_a_damaged_checkpoint_is_not_trained_anew_on_a_machine_that_the_training_would_not_fit(trained, monkeypatch):
+    weights = trained / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    on_a_small_machine(monkeypatch)
+    with pytest.raises(PreflightError, match="Training does not fit: it needs"):
+        distil()
+
+
 def test_a_training_that_was_begun_is_refused_rather_than_begun_otherwise(trained, monkeypatch):
     shutil.rmtree(trained / "out")
     (run,) = (trained / "runs").iterdir()

@@ -252,7 +252,7 @@ def test_a_job_that_learns_otherwise_has_another_key_and_one_that_only_shows_oth
 def test_the_lists_of_modules_that_decide_a_checkpoint_are_complete():
     # modules that bring settings and files to it, watch it and report on it, and decide nothing of what is published
     plumbing = {"errors", "console", "store", "config", "stages", "faults", "engine", "process", "machine", "easydistill", "workplace"}
-    plumbing |= {"preflight", "shapes", "memory", "samples", "watch", "data", "prompt"}
+    plumbing |= {"preflight", "shapes", "memory", "samples", "watch", "data"}
     for backend, modules in checkpoint.MODULES.items():
         found = set().union(*[imported(ROOT / "distill" / module) for module in modules])
         mates = {"train", "resume"} if backend == "easydistill" else set()  # `train.publish` and what the trainer is made of

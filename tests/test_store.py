@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,8 +406,29 @@ def test_a_publication_cut_between_its_renames_is_put_right(tmp_path):
     place = tmp_path / "student"
     (tmp_path / "student.previous").mkdir()
     (tmp_path / "student.previous" / "weights").write_text("old")
+    (tmp_path / f".student.tmp-{dead_pid()}-ab").mkdir()
     store.recover(place)
-    assert (place / "weights").read_text() == "old" and not (tmp_path / "student.previous").exists()
+    assert (place / "weights").read_text() == "old" and names(tmp_path) == ["student", "weights"]
+
+
+def test_a_folder_that_its_user_removed_stays_removed(tmp_path):
+    for version in "12":
+        with store.atomic_folder(tmp_path / "out") as folder:
+            (folder / version).touch()
+    shutil.rmtree(tmp_path / "out")
+    store.recover(tmp_path / "out")
+    store.check_writable(tmp_path / "out")
+    assert names(tmp_path) == ["1", "out.previous"]
+
+
+def test_a_place_is_locked_under_every_name_and_whatever_folder_for_temporary_files_a_process_has(project, tmp_path, start_python):
+    (tmp_path / "link").symlink_to(project)
+    (tmp_path / "other").mkdir()
+    with store.lock("out"):
+        with pytest.raises(DistillError, match="Another run"), store.lock(tmp_path / "link" / "out"):
+            pytest.fail("one place has two locks")
+        other = start_python("from distill import store\nwith store.lock('out'): pass", TMPDIR=str(tmp_path / "other"))
+        assert "Another run is writing out now" in other.communicate()[1] and other.returncode
 
 
 def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
