@@ -44,6 +44,8 @@ CPU_RUNS = [
     ("0.13B", 256, 4, LORA),
     ("0.13B", 1024, 1, LORA),
     ("0.13B", 512, 2, {**LORA, **CHECKPOINTING}),
+    ("0.13B", 256, 4, {**LORA, **CHECKPOINTING}),
+    ("0.13B", 1024, 1, {**LORA, **CHECKPOINTING}),
     ("0.13B", 256, 2, QLORA),
     ("0.17B", 128, 1, {}),
     ("0.17B", 256, 2, {}),

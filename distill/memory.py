@@ -22,6 +22,7 @@ BLOCK_OF_8_BIT = 256  # values of 8-bit Adam that share an fp32 scale
 KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written
 DATA_BYTES = GIB // 4  # rows, tokens and logs: assumed
 LIBRARY_BYTES = 2 * GIB  # torch with CUDA in this machine's own memory, besides weights: assumed, not measured
+GAP_TOKENS = 256  # measured: of so many tokens of a row each checkpointed layer leaves gaps of its own on a CPU
 # CUDA's context and the workspaces of cuBLAS: assumed, not measured
 CONTEXT_BYTES = GIB // 2
 # the caching allocator rounds to blocks and splits them: assumed, not measured
@@ -266,10 +267,11 @@ def gap_bytes(shape: Shape, how: Training) -> float:
     """Gaps that glibc's heap keeps on a CPU: a tensor's own is too small for the next of its size, whose alignment needs a little more.
 
     LoRA leaves three of each wide output behind, what the layer gave, what its LoRA gave and that scaled; narrower ones fit into the gaps.
-    With checkpointing the layers' gaps are one another's, those of the forward pass and of the recomputation.
+    With checkpointing the layers' gaps are one another's, those of the forward pass and of the recomputation, beyond GAP_TOKENS of a row.
     """
-    wide = 2 * 3 * (HALF if how.half else FP32) * shape.intermediate * how.tokens
-    return wide * (2 if how.checkpointing else shape.layers) if how.lora_rank else 0
+    wide = 2 * 3 * (HALF if how.half else FP32) * shape.intermediate * how.micro_batch
+    own = shape.layers * (min(how.length_tokens, GAP_TOKENS) if how.checkpointing else how.length_tokens)
+    return wide * max(own, 2 * how.length_tokens) if how.lora_rank else 0
 
 
 def fragmentation_bytes(gpu: bool, entries: dict[str, float]) -> float:
