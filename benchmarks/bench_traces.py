@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill import store  # noqa: E402
-from distill.console import say, use_stderr  # noqa: E402
+from distill.console import on_stderr, say  # noqa: E402
 from distill.traces import prepare_system2_dataset  # noqa: E402
 
 MAX_LENGTH = 700
@@ -86,11 +86,11 @@ def _measured(source: Path, count: int, rows: int | None, out: Path) -> str:
 
 
 def _prepare(source: str, rows: str, out: str) -> None:
-    use_stderr()
     store.ROOT = Path(out).parent
     started = time.perf_counter()
     settings = {"rows": int(rows) or None, "rv_min": 1, "cd_max": 8, "max_length": MAX_LENGTH, "out_cot": out}
-    prepared = prepare_system2_dataset("train", source=source, student_model=str(ROOT / "data" / "micro" / "student_system2"), **settings)
+    with on_stderr():
+        prepared = prepare_system2_dataset("train", source=source, student_model=str(ROOT / "data/micro/student_system2"), **settings)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     facts = {"read": prepared.read, "kept": prepared.kept, "validation": prepared.validation, "seconds": seconds, "peak_mib": peak}
     print(json.dumps(facts))

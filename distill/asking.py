@@ -1,7 +1,8 @@
-"""Ask a teacher behind an API by way of EasyDistill 2.x, chunk by chunk; every finished chunk is on disk before the next one begins.
+"""Ask a teacher behind an API by way of EasyDistill 2.x, chunk by chunk; what one call of it brought is on disk before the next begins.
 
 EasyDistill ends with exit status 0 whatever is missing, writes only at its end, and cannot go on where it stood. So ids are compared in
-and out, what is missing is asked again, and answers go to a journal: one JSON line `{"id", …, "seconds"}` each.
+and out, what is missing is asked again, and answers go to a journal: one JSON line `{"id", …, "seconds"}` each. A chunk has as many rows
+as are answered in CHUNK_SECONDS at the pace seen, so that a kill loses no more than that.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import easydistill, process, stages, store
@@ -31,6 +32,8 @@ RETRIES = 3  # of EasyDistill's own, at most, each as long as an answer may take
 PAUSES_SECONDS = (1, 5, 15)  # before each further attempt
 GRACE_SECONDS = 60
 SAID_LINES = 500
+CHUNK_SECONDS = 180  # of a chunk, which a kill loses
+PROOF_ROWS = 8  # so many without an answer, one after another, are the server's fault and not theirs
 
 
 def no_answer(endpoint: Endpoint) -> str:
@@ -60,22 +63,20 @@ def ask(endpoint: Endpoint, task: Task, rows: list[dict], journal: Path, title: 
     """Ask for what `rows` (each {"id", …}, ids distinct) need, and add an entry for each to the journal, whose lock is held.
 
     A row that stays without an answer gets no entry, so that the next run asks it again.
-    Raises BackendError where EasyDistill 2.x is missing, a whole chunk stays without an answer, or none of the first is of any use.
+    Raises BackendError where EasyDistill 2.x is missing, PROOF_ROWS stay without an answer, or none of the first is of any use.
     """
     installation = easydistill.require(2)
     _prompts_of(installation, task)
     folder = journal.with_suffix("")
     with _working_folder(folder), _server(endpoint, journal) as server, progress(title, total=len(rows)) as update:
-        asker = _Asker(endpoint, task, installation, server, folder, journal.with_suffix(".log"), update)
+        size = _ChunkSize(endpoint.workers, endpoint.chunk_rows)
+        asker = _Asker(endpoint, task, installation, server, folder, journal.with_suffix(".log"), update, size, len(rows))
         asker.log.unlink(missing_ok=True)
-        first = not store.read_journal(journal)
-        for start in range(0, len(rows), endpoint.chunk_rows):
-            entries = asker.ask(rows[start : start + endpoint.chunk_rows])
-            if first and entries:
-                _check_use(task, entries, endpoint)
-                first = False
-            for entry in entries:
-                store.add_to_journal(journal, entry)
+        keeper = _Keeper(endpoint, task, journal, in_use=bool(store.read_journal(journal)))
+        while asker.done < len(rows):
+            for entries in asker.ask(rows[asker.done : asker.done + size.rows]):
+                keeper.keep(entries)
+        keeper.end()
 
 
 @contextmanager
@@ -113,19 +114,64 @@ def _prompts_of(installation: Installation, task: Task) -> Path | None:
     return place
 
 
-def _check_use(task: Task, entries: list[dict], endpoint: Endpoint) -> None:
-    """Raise BackendError where not one entry of the first chunk is of any use."""
-    faults = Counter(task.fault(entry) for entry in entries)
-    if "" in faults:
-        return
-    counted = ", ".join(f"{count} {what}" for what, count in faults.items())
-    raise BackendError(
-        f"None of the first {len(entries)} answers of {endpoint.name} can be used: {counted}. The rest is not asked. Raise max_new_tokens "
-        "where answers are cut off; where they lack <think>…</think>, let prompt_file ask for it in words that this teacher understands, "
-        "and have the server leave the reasoning in the answer: no reasoning parser; `transformers serve` has one for Qwen's models, "
-        "unless the lab itself starts it. "
-        f"The first answer begins: {shortened(entries[0].get('text', ''), 200)!r}"
-    )
+@dataclass
+class _Keeper:
+    """Puts entries into the journal; those of a new one wait until one of them is of use, so that a wrong setting leaves no labels."""
+
+    endpoint: Endpoint
+    task: Task
+    journal: Path
+    in_use: bool
+    waiting: list = field(default_factory=list)
+
+    def keep(self, entries: list[dict]) -> None:
+        """Keep what one call brought. Raises BackendError where chunk_rows answers came and none is of any use."""
+        self.waiting += entries
+        self.in_use = self.in_use or not all(map(self.task.fault, entries))
+        if self.in_use:
+            for entry in self.waiting:
+                store.add_to_journal(self.journal, entry)
+            self.waiting = []
+        elif len(self.waiting) >= self.endpoint.chunk_rows:
+            self.end()
+
+    def end(self) -> None:
+        """Raise BackendError where all answers were of no use."""
+        if not self.waiting:
+            return
+        counted = ", ".join(f"{count} {what}" for what, count in Counter(map(self.task.fault, self.waiting)).items())
+        raise BackendError(
+            f"None of the first {len(self.waiting)} answers of {self.endpoint.name} can be used: {counted}. The rest is not asked. Raise "
+            "max_new_tokens where answers are cut off; where they lack <think>…</think>, let prompt_file ask for it in words that this "
+            "teacher understands, and have the server leave the reasoning in the answer: no reasoning parser; `transformers serve` has one "
+            "for Qwen's models, unless the lab itself starts it. "
+            f"The first answer begins: {shortened(self.waiting[0].get('text', ''), 200)!r}"
+        )
+
+
+class _ChunkSize:
+    """How many rows to ask next: at first one a worker, then what is answered in CHUNK_SECONDS at the pace seen."""
+
+    def __init__(self, workers: int, most: int) -> None:
+        """most  rows of a chunk, however fast they are answered"""
+        self.workers, self.most = workers, most
+        self.rows, self.least = min(workers, most), 1
+        self._before = (0, 0.0)
+
+    def learn(self, rows: int, answered: int, seconds: float) -> None:
+        """Choose the next chunk's size by how many rows of one were answered, and in what time."""
+        if not answered:
+            return
+        rows_before, seconds_before = self._before
+        if rows < rows_before <= self.workers and seconds / seconds_before > (1 + rows / rows_before) / 2:
+            self.least = rows_before  # fewer took nearly as long: the server answers so many side by side
+        self._before = rows, seconds
+        fitting = int(answered * CHUNK_SECONDS / seconds)
+        if fitting < rows <= self.workers:
+            fitting = rows // 2  # by half, so that it shows whether fewer take less time
+        elif rows > self.workers or fitting > self.workers:
+            fitting = max(fitting // self.workers, 1) * self.workers  # a round of fewer rows takes as long as a full one
+        self.rows = min(max(fitting, self.least), self.most)
 
 
 @dataclass
@@ -139,27 +185,41 @@ class _Asker:
     folder: Path
     log: Path
     update: object
+    size: _ChunkSize
+    total: int
     done: int = 0
+    unanswered: int = 0  # rows, since the last answer
 
-    def ask(self, chunk: list[dict]) -> list[dict]:
-        """A chunk's entries, in its order, those that no attempt brought left out. Raises BackendError where all are."""
-        found: dict = {}
+    def ask(self, chunk: list[dict]) -> Iterator[list[dict]]:
+        """Yield a chunk's entries as each attempt brings them, none for a row that no attempt brought.
+
+        Raises BackendError where the whole chunk, and what came before it up to PROOF_ROWS, stays without an answer.
+        """
+        missing, said = chunk, ""
         for attempt in range(self.endpoint.attempts):
-            missing = [row for row in chunk if row["id"] not in found]
-            if not missing:
-                break
             if attempt:
                 say(f"{len(missing)} of {len(chunk)} rows came back without an answer; asking them again")
                 time.sleep(PAUSES_SECONDS[min(attempt, len(PAUSES_SECONDS)) - 1])
-            said, ended = self._run(missing, len(found))
-            found |= self._entries(missing, ended.seconds)
-            if not found and PERMANENT.search(said):
+            said, ended = self._run(missing, len(chunk) - len(missing))
+            found = self._entries(missing, ended.seconds)
+            if not attempt:
+                self.size.learn(len(chunk), len(found), ended.seconds)
+            yield [found[row["id"]] for row in missing if row["id"] in found]
+            missing = [row for row in missing if row["id"] not in found]
+            if not missing or (missing == chunk and PERMANENT.search(said)):
                 break  # asking again would say the same
-        if not found and not _about_the_rows(said):
-            raise self._failure(said, ended)
         self.done += len(chunk)
         self.update(self.done)
-        return [found[row["id"]] for row in chunk if row["id"] in found]
+        self._check_answered(chunk, missing, said, ended)
+
+    def _check_answered(self, chunk: list[dict], missing: list[dict], said: str, ended: process.Ended) -> None:
+        """Raise BackendError where so many rows have no answer that it is the server's fault."""
+        if missing != chunk or _about_the_rows(said):
+            self.unanswered = 0
+            return
+        self.unanswered += len(chunk)
+        if PERMANENT.search(said) or self.unanswered >= min(PROOF_ROWS, self.endpoint.chunk_rows, self.total):
+            raise self._failure(said, ended)
 
     def _run(self, rows: list[dict], before: int) -> tuple[str, process.Ended]:
         """Let EasyDistill do one job. Returns what it said, and how it ended."""

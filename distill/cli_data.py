@@ -140,7 +140,7 @@ def _add_teachers_place(parser: argparse.ArgumentParser) -> None:
 def _add_asking(parser: argparse.ArgumentParser) -> None:
     """How an endpoint is asked."""
     parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the API's key (default OPENAI_API_KEY)")
-    parser.add_argument("--chunk-rows", type=int, help="rows asked at a time, which a kill may lose (default 32)")
+    parser.add_argument("--chunk-rows", type=int, help="rows asked at a time, at most (default 32)")
     parser.add_argument("--workers", type=int, help="questions under way at the same time (default 8)")
 
 

@@ -33,7 +33,7 @@ class Endpoint:
     base_url         e.g. "http://127.0.0.1:8000/v1"; None: the lab starts, watches and ends a server of its own
     key_variable     name of the environment variable that holds the key; never the key
     prompt_file      System 2: a text with {instruction}; None takes configs/prompts/cot_generation.txt. All else in it is taken literally
-    chunk_rows       rows asked at a time: what a kill may lose
+    chunk_rows       rows asked at a time, at most; fewer where they would take more than three minutes, which a kill may lose
     workers          questions under way at the same time
     attempts         times that a row without an answer is asked
     timeout_seconds  longest wait for one answer

@@ -5,7 +5,7 @@ for (`selection`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
 
@@ -105,12 +105,14 @@ def prepare_system2_dataset(
         stage = _stage(sources, limits, {"validation": validation, "seed": seed}, tokenizer)
         prepared = reuse(stage, fresh, cot)
         if not prepared:
+            counts = _TokenCounts(tokenizer, fresh)
             with closing(Spool()) as spool:
-                facts = _fill(spool, sources, limits, seed, tokenizer, fresh)
+                facts = _fill(spool, sources, limits, seed, counts, fresh)
                 spool.choose_validation(validation, seed)
                 facts |= {"slice": slice_str, "seed": seed, "validation_share": validation, "student_model": student_model}
                 facts |= {"tokenizer_sha256": tokenizer_hash(tokenizer)}
                 prepared = write_prepared(spool, stage.record(), facts, cot)
+            counts.remove()
     say(str(prepared))
     return prepared
 
@@ -123,9 +125,9 @@ def _stage(sources: list[Source], limits: Limits, others: dict, tokenizer) -> st
     return stages.Stage("System 2's data", settings, inputs, stages.code(*stages.PREPARING["system2"]))
 
 
-def _fill(spool: Spool, sources: list[Source], limits: Limits, seed: int, tokenizer, fresh: bool) -> dict:
+def _fill(spool: Spool, sources: list[Source], limits: Limits, seed: int, counts: "_TokenCounts", fresh: bool) -> dict:
     """Choose among the traces of the sources. Returns the selection's facts; raises DataError where no row is left."""
-    chosen = _Selection(spool, limits, lambda question, output: len(trained_ids(tokenizer, question, output, mode="system2")[0]))
+    chosen = _Selection(spool, limits, counts)
     chosen.read_all(readable(mix(sources, seed, fresh=fresh), "system2"))
     chosen.balance(seed)
     facts = chosen.facts()
@@ -152,12 +154,44 @@ def _in_one(facts: dict) -> list[str]:
 # The selection, a source row at a time
 
 
+class _TokenCounts:
+    """Tokens of questions with their traces, on disk as they are counted: a preparation that was killed counts none of them again.
+
+    They lie in a journal, `runs/tokens/<key>.jsonl`, whose key hashes the tokenizer and the lab's code that counts; an entry's id hashes
+    the texts. It goes once a preparation is finished.
+    """
+
+    def __init__(self, tokenizer, fresh: bool) -> None:
+        """fresh  count all anew"""
+        key = store.hash_json([tokenizer_hash(tokenizer), stages.code("prompt.py")])
+        self._tokenizer, self._journal = tokenizer, store.ROOT / "runs" / "tokens" / f"{key[:24]}.jsonl"
+        if fresh:
+            self.remove()
+        self._known = {entry["id"]: entry["tokens"] for entry in store.read_journal(self._journal)}
+        if self._known:
+            say(f"the traces of {len(self._known):,} questions were counted before, see {store.shown(self._journal)}")
+
+    def of(self, question: str, outputs: list[str]) -> list[int]:
+        """Tokens of the row that a question makes with each of some traces."""
+        texts = store.hash_json([question, outputs])[:24]
+        if texts in self._known:
+            return self._known[texts]
+        tokens = [len(trained_ids(self._tokenizer, question, output, mode="system2")[0]) for output in outputs]
+        if outputs:
+            store.make_folder(self._journal.parent)
+            store.add_to_journal(self._journal, {"id": texts, "tokens": tokens})
+        return tokens
+
+    def remove(self) -> None:
+        """Forget what was counted."""
+        self._journal.unlink(missing_ok=True)
+
+
 class _Selection:
     """Takes the best trace of each question into a spool, and counts what it does not take."""
 
-    def __init__(self, spool: Spool, limits: Limits, measure: Callable[[str, str], int]) -> None:
-        """measure  tokens of a row, by its question and output"""
-        self.spool, self.limits, self.measure = spool, limits, measure
+    def __init__(self, spool: Spool, limits: Limits, counts: _TokenCounts) -> None:
+        self.spool, self.limits, self.counts = spool, limits, counts
         self.wider = widenings(limits)
         self.read, self.dropped, self.refused, self.taken = 0, Counter(), Counter(), Counter(dict.fromkeys(KINDS, 0))
         self.shortest: int | None = None
@@ -210,8 +244,10 @@ class _Selection:
 
     def _best(self, question: str, question_id: str, traces: list[Trace]) -> tuple[Trace | None, str | None]:
         """The trace to take, or why none is."""
-        traces = [replace(trace, tokens=self.measure(question, trace.output)) if trace.correct else trace for trace in traces]
-        self.shortest = min([trace.tokens for trace in traces if trace.correct] + ([self.shortest] if self.shortest else []), default=None)
+        tokens = self.counts.of(question, [trace.output for trace in traces if trace.correct])
+        self.shortest = min(tokens + ([self.shortest] if self.shortest else []), default=None)
+        counted = iter(tokens)
+        traces = [replace(trace, tokens=next(counted)) if trace.correct else trace for trace in traces]
         refusals = [refusal(trace, self.limits) for trace in traces]
         self.refused.update(reason for reason in refusals if reason)
         fitting = [trace for trace, reason in zip(traces, refusals, strict=True) if not reason]

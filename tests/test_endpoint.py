@@ -257,6 +257,27 @@ def test_where_no_answer_of_the_first_chunk_is_of_use_the_rest_is_not_asked(proj
     assert len(teacher.received) == 4 and not journal_ids_or_none(project) and nothing_left(project)
 
 
+def test_one_row_that_the_server_fails_at_stops_nobody_though_it_is_a_chunk_of_its_own(project, teacher):
+    teacher.refuse = lambda text: (500, {"error": {"message": "no"}}) if text == "question 0" else None
+    where = behind(teacher, workers=1, attempts=1)
+    labeled = label_by(where, questions(4))
+    assert len(labeled.rows) == 3 and labeled.dropped == {asking.no_answer(where): 1}
+
+
+def test_eight_rows_in_sequence_without_an_answer_end_it_and_what_was_answered_stays(project, teacher, monkeypatch):
+    monkeypatch.setattr(asking, "CHUNK_SECONDS", 0)  # a row at a time
+    teacher.refuse = lambda text: None if text in ("question 0", "question 2") else (500, {"error": {"message": "no"}})
+    with pytest.raises(BackendError, match="the server fails at the requests"):
+        label_by(behind(teacher, workers=1, attempts=1), questions(20))
+    assert len(journal_ids(project)) == 2 and "question 10" in teacher.texts and "question 19" not in teacher.texts
+
+
+def test_the_first_answers_may_be_of_no_use_as_long_as_one_of_chunk_rows_is(project, teacher):
+    teacher.answer = lambda text: "<think>\na\n</think>\n\nb" if "question 2" in text else "I think it is b."
+    labeled = label_by(behind(teacher, workers=1, chunk_rows=3), questions(4), mode="system2")
+    assert labeled.dropped == {label.NO_TRACE: 3} and len(journal_ids(project)) == 4
+
+
 def journal_ids_or_none(project: Path) -> list[str]:
     return [entry["id"] for journal in (project / "runs" / "labels").glob("*.jsonl") for entry in store.read_journal(journal)]
 
@@ -395,6 +416,80 @@ def test_where_no_row_gets_a_label_no_file_is_written(project, teacher):
     with pytest.raises(DataError, match="No row of rows.json has a label"):
         label.label_file("rows.json", behind(teacher), "out.json")
     assert not (project / "out.json").exists()
+
+
+# How much is asked at a time
+
+
+def took(size: asking._ChunkSize, chunks: int, answer_seconds: float, side_by_side: int) -> list[tuple[int, float]]:
+    """(rows, seconds) of chunks at a server that answers so many questions side by side, each in as many seconds."""
+    passed = []
+    for _ in range(chunks):
+        seconds = -(-size.rows // side_by_side) * answer_seconds
+        passed.append((size.rows, seconds))
+        size.learn(size.rows, size.rows, seconds)
+    return passed
+
+
+def test_a_chunk_takes_three_minutes_at_most_at_the_pace_seen_and_begins_with_a_row_for_each_worker():
+    assert took(asking._ChunkSize(8, 32), 3, 1, 8) == [(8, 1), (32, 4), (32, 4)]  # chunk_rows bounds it
+    assert took(asking._ChunkSize(8, 1000), 3, 60, 8) == [(8, 60), (24, 180), (24, 180)]
+    assert took(asking._ChunkSize(8, 32), 5, 60, 1) == [(8, 480), (4, 240), (2, 120), (3, 180), (3, 180)]  # one after another
+    assert took(asking._ChunkSize(8, 4), 1, 1, 8) == [(4, 1)]
+
+
+def test_a_chunk_is_not_made_smaller_where_fewer_rows_would_take_as_long():
+    assert took(asking._ChunkSize(8, 32), 4, 205, 8) == [(8, 205), (4, 205), (8, 205), (8, 205)]
+
+
+def test_a_chunk_without_answers_says_nothing_of_the_pace_and_a_slower_server_gets_fewer_rows():
+    size = asking._ChunkSize(8, 32)
+    size.learn(8, 0, 0.1)
+    assert size.rows == 8
+    size.learn(32, 32, 720)
+    assert size.rows == 8
+    size.learn(8, 2, 30)  # the others came to nothing
+    assert size.rows == 8
+
+
+def wait_for_answers(project: Path, lab, count: int) -> None:
+    end = time.monotonic() + 60
+    while len(journal_ids_or_none(project)) < count:
+        assert time.monotonic() < end and lab.poll() is None
+        time.sleep(0.02)
+
+
+LAB = (
+    "from distill import asking, label\nfrom distill.endpoint import Endpoint\n"
+    "rows = label.rows_of([f'question {number}' for number in range(int(sys.argv[2]))])\n"
+    "asking.CHUNK_SECONDS = float(sys.argv[3])\n"
+    "label.label_rows(rows, label.teacher_of(Endpoint('teacher', sys.argv[1], workers=4, chunk_rows=1000)))"
+)
+
+
+def test_a_kill_loses_what_is_answered_in_a_chunks_seconds_however_many_rows_may_be_asked(project, teacher, start_python):
+    by_its_rule = teacher.answer
+    teacher.answer = lambda text: time.sleep(0.2) or by_its_rule(text)
+    lab = start_python(LAB, teacher.base_url, 300, 1)
+    wait_for_answers(project, lab, 40)
+    os.kill(lab.pid, signal.SIGKILL)
+    lab.wait()
+    # 4 at a time and 0.2 s each: 20 rows in a second, and those that the server had begun with
+    assert len(teacher.received) - len(journal_ids(project)) <= 24
+
+
+def test_a_kill_while_missing_rows_are_asked_again_loses_none_that_were_answered(project, teacher, behaves, start_python):
+    behaves("half")
+    by_its_rule = teacher.answer
+    teacher.answer = lambda text: by_its_rule(text) if teacher.given <= 4 else time.sleep(60)
+    lab = start_python(LAB, teacher.base_url, 4, 180)
+    wait_for_answers(project, lab, 2)
+    os.kill(lab.pid, signal.SIGKILL)
+    lab.wait()
+    behaves("works")
+    teacher.answer = by_its_rule
+    labeled = label_by(behind(teacher), questions(4))
+    assert labeled.reused == 2 and len(labeled.rows) == 4
 
 
 # The lab's own server, and the lab itself, killed

@@ -1,6 +1,5 @@
 """The lab run again: what is finished is not done again, what was cut short goes on, and a change redoes just what depends on it."""
 
-import math
 import re
 import shutil
 from contextlib import suppress
@@ -10,7 +9,7 @@ import pytest
 import standin_easydistill
 from conftest import REPOSITORY, run_id
 
-from distill import answers, cli, compare, evaluate, hub_rows, pipeline, sources, store
+from distill import answers, cli, compare, evaluate, hub_rows, machine, pipeline, sources, store, traces
 from distill.data import prepare_system1_dataset
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
 from distill.models import RUN_RECORD
@@ -105,6 +104,85 @@ def test_another_tokenizer_selects_traces_anew(project, micro, tmp_path, capsys)
     template.write_text(template.read_text() + " ")
     prepare_system2_dataset("train[:60]", **settings)
     assert "made anew, since the student's tokenizer changed" in capsys.readouterr().out
+
+
+# Tokens of traces
+
+
+KILLED_MIDWAY = """
+import time
+from distill import traces
+really, calls = traces.trained_ids, []
+
+def counting(*given, **more):
+    calls.append(1)
+    if len(calls) > 200:
+        print("midway", flush=True)
+        time.sleep(60)
+    return really(*given, **more)
+
+traces.trained_ids = counting
+traces.prepare_system2_dataset("train[:400]", source=sys.argv[1], rows=None, max_length=256, student_model=sys.argv[2])
+"""
+
+
+@pytest.fixture
+def killed_midway(project, micro, start_python) -> dict:
+    """A preparation of traces that was killed in the midst of counting: its settings."""
+    lab = start_python(KILLED_MIDWAY, micro / "omnithought.parquet", micro / "student_system2")
+    assert any(line.startswith("midway") for line in lab.stdout)
+    lab.kill()
+    lab.wait()
+    return {"source": str(micro / "omnithought.parquet"), "rows": None, "max_length": 256, "student_model": str(micro / "student_system2")}
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """An entry for each trace that is counted in this process."""
+    calls, really = [], traces.trained_ids
+    monkeypatch.setattr(traces, "trained_ids", lambda *given, **more: calls.append(1) or really(*given, **more))
+    return calls
+
+
+def counts_kept(project: Path) -> Path:
+    (journal,) = (project / "runs" / "tokens").iterdir()
+    return journal
+
+
+def test_a_preparation_that_was_killed_counts_no_trace_again_and_gives_the_same(project, killed_midway, counted, capsys):
+    journal = counts_kept(project)
+    entries = store.read_journal(journal)
+    known = sum(len(entry["tokens"]) for entry in entries)
+    assert 180 < known <= 200  # all but those of the question under way
+    went_on = prepare_system2_dataset("train[:400]", **killed_midway)
+    written, calls = Path(went_on.path).read_bytes(), len(counted)
+    assert f"the traces of {len(entries):,} questions were counted before" in capsys.readouterr().out and not journal.exists()
+    assert prepare_system2_dataset("train[:400]", **killed_midway, fresh=True) == went_on
+    assert Path(went_on.path).read_bytes() == written and len(counted) == calls + calls + known
+
+
+def test_counts_serve_another_selection_but_no_other_tokenizer_and_no_fresh_preparation(project, killed_midway, counted, micro, tmp_path):
+    journal = counts_kept(project)
+    known, kept = sum(len(entry["tokens"]) for entry in store.read_journal(journal)), journal.read_bytes()
+    student = shutil.copytree(micro / "student_system2", tmp_path / "student")
+    template = student / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    calls = []
+    for place, change in enumerate([{"rv_max": 8}, {"student_model": str(student)}, {"fresh": True}]):
+        before = len(counted)
+        prepare_system2_dataset("train[:400]", **{**killed_midway, **change}, out_cot=f"data/{place}.json")
+        calls.append(len(counted) - before)
+        journal.write_bytes(kept)
+    assert calls == [calls[1] - known, calls[1], calls[1]]
+
+
+def test_a_damaged_count_is_made_again(project, killed_midway, counted, capsys):
+    journal = counts_kept(project)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0].replace(b'"tokens": [', b'"tokens": [1'), *lines[1:-1], lines[-1][:-5]]))
+    prepared = prepare_system2_dataset("train[:400]", **killed_midway)
+    assert "2 damaged lines are dropped; what they held is made again" in capsys.readouterr().out
+    assert prepared == prepare_system2_dataset("train[:400]", **killed_midway, fresh=True)
 
 
 # Rows of the hub
@@ -293,7 +371,7 @@ def test_a_training_is_done_anew_when_asked_with_the_same_weights(trained, capsy
 
 
 def on_a_small_machine(monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "this_machine", lambda: Machine("a small machine", 0.01))
+    monkeypatch.setattr(pipeline, "this_machine", lambda *places: Machine("a small machine", 0.01))
 
 
 def test_a_finished_training_is_not_done_again_on_a_machine_that_it_would_not_fit(trained, monkeypatch):
@@ -341,8 +419,8 @@ def test_what_a_run_holds_on_the_disk_counts_as_free_for_it(trained, monkeypatch
     (run,) = (trained / "runs").iterdir()
     (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     shutil.rmtree(trained / "out")
+    on_a_disk(monkeypatch, 0.0)
     with pytest.raises(PreflightError, match="of disk") as refused:
-        on_a_disk(monkeypatch, 0.0)
         distil()
     needed = float(re.search(r"needs ([\d.]+) GiB", str(refused.value))[1])
     with open(run / "checkpoints" / "checkpoint-1" / "optimizer.pt", "wb") as file:
@@ -352,12 +430,13 @@ def test_what_a_run_holds_on_the_disk_counts_as_free_for_it(trained, monkeypatch
 
 def test_a_student_that_has_still_to_come_counts_on_the_disk():
     shape = pipeline.shapes.find_shape(str(STUDENT))[0]
-    assert pipeline._download_bytes(str(STUDENT), shape) == 0
-    assert pipeline._download_bytes("Qwen/Nowhere", shape) == 2 * shape.parameters
+    assert machine.download_bytes(str(STUDENT), shape) == 0
+    assert machine.download_bytes("Qwen/Nowhere", shape) == 2 * shape.parameters
 
 
 def on_a_disk(monkeypatch, free_gib: float) -> None:
-    monkeypatch.setattr(pipeline, "this_machine", lambda: Machine("this CPU", math.inf, free_disk_gib=free_gib))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=int(free_gib * 2**30)))
 
 
 def test_what_either_backend_finished_counts_where_the_choice_is_left_to_the_lab(trained, monkeypatch):
