@@ -112,8 +112,8 @@ def compare(name: str, length: int, rows: int, settings: dict) -> dict:
 
 
 def _machine(capability: list[int] | None) -> Machine:
-    gpu = capability and {"name": "GPU", "free_gib": 0, "capability": ".".join(map(str, capability))}
-    return machine_of(gpu, None, 0)
+    gpu = capability and {"name": "GPU", "gib": 0, "free_gib": 0, "capability": ".".join(map(str, capability))}
+    return machine_of(gpu, None)
 
 
 # In a process of its own

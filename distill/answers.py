@@ -79,17 +79,18 @@ def ask_once(requests: list[dict], run_folder: Path, title: str = "Asking", *, f
         return {one.request["name"]: one.with_answers(made.get(one.request["name"])) for one in kept}
 
 
-def in_bits_of_journal(path: str, bits: int | None, journal: Path, *, fresh: bool = False) -> dict:
+def in_bits_of_journal(path: str, request: dict, bits: int | None, journal: Path, *, fresh: bool = False) -> dict:
     """`teacher_settings` on this machine, in the bits of a journal's earlier answers where it has some; the journal says which.
 
-    bits   those that you ask for; None takes the journal's, else 8, or 4 where 8 do not fit
-    fresh  begin the journal anew, once it is known that the teacher fits
+    request  what the teacher is to be asked, as `ask` takes it
+    bits     those that you ask for; None takes the journal's, else 8, or 4 where 8 do not fit
+    fresh    begin the journal anew, once it is known that the teacher fits
     """
     entries = {entry["id"]: entry for entry in store.read_journal(journal)}
     earlier = entries.pop(MODEL, {}).get("bits") if len(entries) > 1 and not fresh else None
     if earlier and not bits:
         say(f"teacher: {earlier} bits (those of its earlier answers)")
-    held = teacher_settings(path, bits or earlier)
+    held = teacher_settings(path, request, bits or earlier)
     if fresh:
         store.remove_file(journal)
     if not earlier:
@@ -123,8 +124,8 @@ class _Kept:
     def to_ask(self, fresh: bool) -> dict:
         """The request for what is missing; a teacher's says how it is held."""
         path, bits = self.request["path"], self.request["bits"]
-        held = in_bits_of_journal(path, bits, self.journal, fresh=fresh) if self.is_teacher else {}
-        return {**self.request, **held, "questions": list(self._missing().values()), "journal": str(self.journal)}
+        request = {**self.request, "questions": list(self._missing().values()), "journal": str(self.journal)}
+        return request | (in_bits_of_journal(path, request, bits, self.journal, fresh=fresh) if self.is_teacher else {})
 
     def _missing(self) -> dict:
         """Name → question of what has no answer yet, each once."""

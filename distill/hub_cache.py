@@ -46,11 +46,15 @@ def leaves(folder: Path) -> list[Path]:
 
 
 def read_links(model: Path) -> dict:
-    """The links of a model in the hub's cache as JSON, for a disk that has none: {"refs": {name: commit}, "links": {file: blob}}."""
+    """The links of a model in the hub's cache as JSON, for a disk that has none: {"refs": {name: commit}, "links": {file: blob}}.
+
+    Hidden names (.gitattributes) are left out: no model needs them, and `write_links` makes none.
+    """
     refs = {path.relative_to(model / "refs").as_posix(): path.read_text().strip() for path in leaves(model / "refs") if path.is_file()}
     links = {path.relative_to(model / "snapshots").as_posix(): path for path in leaves(model / "snapshots") if path.is_symlink()}
     inside = {name: path.resolve() for name, path in links.items() if path.resolve().parent == (model / "blobs").resolve()}
-    return {"refs": refs, "links": {name: path.name for name, path in inside.items()}}
+    named = {"refs": refs, "links": {name: path.name for name, path in inside.items()}}
+    return {key: {name: to for name, to in names.items() if is_plain(name)} for key, names in named.items()}
 
 
 def write_links(model: Path, kept: dict) -> int:

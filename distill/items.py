@@ -264,7 +264,7 @@ def chunks(path: Path, limit_bytes: int | None = None) -> Iterator[bytes]:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             before = os.fstat(file.fileno())
             left = before.st_size if limit_bytes is None else limit_bytes
-            while left and stat.S_ISREG(before.st_mode):
+            while left > 0 and stat.S_ISREG(before.st_mode):
                 chunk = file.read(min(CHUNK_BYTES, left))
                 left = left - len(chunk) if chunk else -1
                 yield chunk

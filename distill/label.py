@@ -104,7 +104,7 @@ class _Named:
 
     def answer(self, request: dict) -> None:
         journal = Path(request["journal"])
-        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **in_bits_of_journal(self.path, self.bits, journal)}
+        teacher = {"name": "teacher", "role": "teacher", "path": self.path, **in_bits_of_journal(self.path, request, self.bits, journal)}
         folder = journal.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; the journal's lock says that it is ours
         ask([{**teacher, **request}], folder, "Labelling")

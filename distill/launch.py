@@ -42,7 +42,7 @@ def refusals(job: dict, installation: Installation, *, memory: bool = True) -> l
     """
     models.check_student(job["models"]["student"])
     student, gpu = models.local_folder(job["models"]["student"]), machine.gpu()
-    problems, place = settings_refusals(job), machine_of(gpu, machine.free_ram_gib(), math.inf)
+    problems, place = settings_refusals(job), machine_of(gpu, machine.free_ram_gib())
     try:
         how = as_trained({**job["training"], "backend": "easydistill"}, job["training"]["max_length"], place)
         problems += _memory_problems(student, how, place) if memory else []

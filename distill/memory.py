@@ -1,12 +1,14 @@
 """Bytes that training a student and asking a model take, by arithmetic on the model's shape. No weights are read.
 
 What is counted follows the engine: `trainer.build_trainer`, TRL's fused output head (trl/kernels/chunked_logprob.py) and transformers'
-decoder layers; EasyDistill's older TRL has no such head (`Training.full_logits`). On a CPU `benchmarks/bench_preflight.py` holds the
-built-in engine's against measurement; on a GPU it has not been measured.
+decoder layers; EasyDistill's older TRL has no such head, and label smoothing goes without it (`Training.full_logits`). On a CPU
+`benchmarks/bench_preflight.py` holds the built-in engine's against measurement; on a GPU it has not been measured.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
+from .rotation import KEPT_CHECKPOINTS
 from .shapes import Shape
 
 GIB = 2**30
@@ -15,11 +17,21 @@ HEAD_ROWS, HEAD_COLUMNS = 4096, 32_768  # a tile of logits in TRL's output head:
 # in the backward pass of a tile without Triton: five fp32 intermediates, two more for the target's term, and its mask
 TILE_BYTES = 7 * FP32 + BOOL
 NF4_BYTES = 0.5 + FP32 / 64  # half a byte, and an fp32 scale for each block of 64 weights
-# fp32 copies of all logits without that head: the model's own, the log-probabilities that cross-entropy keeps, and a copy on which TRL 0.17
-# counts right tokens (SFTTrainer.compute_loss); in the backward pass, the log-probabilities and two gradients
-LOGIT_COPIES = 3
+# fp32 copies of all logits at the end of a forward pass without that head: the model's own, the log-probabilities, and
+LOGIT_COPIES = {
+    "EasyDistill": 3,  # a copy on which TRL 0.17 counts right tokens (SFTTrainer.compute_loss)
+    "label smoothing": 4,  # those without the last token, and the log-probabilities negated (transformers' LabelSmoother)
+}
+GRADIENT_COPIES = 3  # then in the backward pass of both: the log-probabilities and two gradients
 BLOCK_OF_8_BIT = 256  # values of 8-bit Adam that share an fp32 scale
-KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written
+# where what is kept on a disk lies: the run's own folder, out_dir, or the hub's cache
+STORED = {
+    "training checkpoints": "runs",
+    "last model": "runs",
+    "data": "runs",
+    "published checkpoints": "out_dir",
+    "downloads": "HF_HOME",
+}
 DATA_BYTES = GIB // 4  # rows, tokens and logs: assumed
 LIBRARY_BYTES = 2 * GIB  # torch with CUDA in this machine's own memory, besides weights: assumed, not measured
 GAP_TOKENS = 256  # measured: of so many tokens of a row each checkpointed layer leaves gaps of its own on a CPU
@@ -42,7 +54,9 @@ class Training:
     precision       "fp32", or "bf16" or "fp16" by autocast
     fused_attention whether attention never holds its scores, tokens × tokens a head
     packing         whether the rows of a batch are laid end to end in one
-    full_logits     whether the logits of a whole batch are held at once, as by EasyDistill's TRL 0.17, and not in tiles
+    full_logits     what has the logits of a whole batch held at once, a key of LOGIT_COPIES; empty where they are held in tiles
+    eval_batch      rows of a validation's forward pass; 0 is as many as in training, which take less
+    kept_last       how many of the last checkpoints are kept on the disk, besides the best
     """
 
     micro_batch: int
@@ -57,7 +71,9 @@ class Training:
     fused_attention: bool = True
     packing: bool = False
     gpu: bool = False
-    full_logits: bool = False
+    full_logits: str = ""
+    eval_batch: int = 0
+    kept_last: int = KEPT_CHECKPOINTS
 
     @property
     def tokens(self) -> int:
@@ -107,6 +123,7 @@ def training_need(shape: Shape, how: Training) -> Need:
     if not how.gpu:
         small = {name: max(entries.get(name, 0) for entries in moments.values()) for name in ("gradients", "activations")}
         moments = {moment: entries | small for moment, entries in moments.items()}
+    moments |= _validation_moments(shape, how) if how.eval_batch else {}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     entries = {**static, **moments[moment]}
     entries["fragmentation"] = fragmentation_bytes(how.gpu, entries) + (0 if how.gpu else gap_bytes(shape, how))
@@ -133,6 +150,18 @@ def _moments(shape: Shape, how: Training) -> dict[str, dict[str, float]]:
     }
 
 
+def _validation_moments(shape: Shape, how: Training) -> dict[str, dict[str, float]]:
+    """What a validation holds besides weights and optimizer: one layer at a time, then logits, all without gradients."""
+    batch = replace(how, micro_batch=how.eval_batch, packing=False)
+    values, hidden = HALF if how.half else FP32, FP32 * shape.hidden * batch.tokens
+    layer = 2 * hidden + 4 * values * shape.intermediate * batch.tokens + 2 * score_bytes(shape, batch)
+    cast = cast_bytes(shape, batch)
+    return {
+        "a validation's layer": {"activations": layer + cast},
+        "a validation's output head": {"activations": hidden + cast, "logits": tile_bytes(shape, batch, False)},
+    }
+
+
 def publishing_need(shape: Shape, how: Training) -> Need:
     """The memory of publishing on a CPU: beside the trained student its checkpoint is loaded in fp32, to be merged or compared."""
     return Need({"weights": int(weight_bytes(shape, how)), "checkpoint": FP32 * shape.parameters}, "publishing the checkpoint")
@@ -143,20 +172,24 @@ def loading_need(shape: Shape) -> Need:
     return Need({"weights": FP32 * shape.parameters, "libraries": LIBRARY_BYTES}, "loading the student")
 
 
-def disk_need(shape: Shape, how: Training, download_bytes: int = 0) -> Need:
+def disk_need(shape: Shape, how: Training, download_bytes: float = 0, places: Collection[str] = frozenset(STORED.values())) -> Need:
     """The disk that a training takes: what it can be continued from, then the last model and the published one, new and old.
 
     download_bytes  of models that the hub's cache does not hold yet
+    places          those whose need is wanted, of "runs", "out_dir" and "HF_HOME"
     """
     whole = FP32 * shape.parameters
     each = FP32 * trained(shape, how) + optimizer_bytes(shape, how)
+    kept = how.kept_last + 2  # the best, and one that is being written
     moments = {
-        "training": {"training checkpoints": KEPT_CHECKPOINTS * each, "published checkpoints": 2 * whole},
+        "training": {"training checkpoints": kept * each, "published checkpoints": 2 * whole},
         "publishing the checkpoint": {"last model": whole, "published checkpoints": 3 * whole},
     }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    entries = {**moments[moment], "downloads": download_bytes, "data": DATA_BYTES}
-    return Need({name: int(size) for name, size in entries.items()}, moment)
+    needs = []
+    for moment, entries in moments.items():
+        entries |= {"downloads": download_bytes, "data": DATA_BYTES}
+        needs.append(Need({name: int(size) for name, size in entries.items() if STORED[name] in places}, moment))
+    return max(needs, key=lambda need: need.bytes)
 
 
 def trained(shape: Shape, how: Training) -> int:
@@ -253,7 +286,7 @@ def work_bytes(shape: Shape, how: Training) -> float:
 def tile_bytes(shape: Shape, how: Training, backward: bool) -> float:
     """TRL's output head: a tile of logits and what is computed from it; a GPU's kernel works in place. Without tiles, all logits."""
     if how.full_logits:
-        return LOGIT_COPIES * FP32 * how.tokens * shape.vocab
+        return (GRADIENT_COPIES if backward else LOGIT_COPIES[how.full_logits]) * FP32 * how.tokens * shape.vocab
     values, rows, columns = HALF if how.half else FP32, min(how.tokens, HEAD_ROWS), min(shape.vocab, HEAD_COLUMNS)
     tile = values * rows * columns
     if how.gpu:

@@ -204,7 +204,7 @@ class Mirror:
 
     def _copy_or_make_room(self, item: items.Item) -> Copy:
         if item.kind == "training":
-            rotation.drop_former(self.folder, item, self.roots)
+            rotation.drop_former(self.folder, item, self.roots, self.record)
         try:
             return self._copy(item)
         except OSError as error:

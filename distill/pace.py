@@ -67,7 +67,10 @@ def cpu_rate(cores: int) -> Rate:
 
 
 def known_gpu(name: str, gib: float) -> Gpu | None:
-    """The entry of GPUS for a GPU by the name that its driver gives, e.g. "NVIDIA A100-SXM4-40GB"; None where there is none."""
+    """The entry of GPUS for a GPU by the name that its driver gives, e.g. "NVIDIA A100-SXM4-40GB"; None where there is none.
+
+    gib  all of its memory, free or not
+    """
     words = name.replace("-", " ").split()
     near = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words]
     return min(near, key=lambda gpu: abs(gpu.free_gib - gib), default=None)

@@ -108,7 +108,7 @@ def _tell(target: CopyFolder, restored: Restored) -> None:
     for problem in target.problems:
         say(f"{target.folder}: left alone: {shortened(problem)}")
     for problem in restored.damaged:
-        say(f"damaged copy: {problem} The one before is used, where there is one.")
+        say(f"damaged copy: {problem} What it lacks is made anew, unless it is here.")
     if restored.kept:
         say(f"kept as they are here: {some(restored.kept)}")
     found = f"restored {len(restored.names)} items, {restored.size_bytes / 2**20:,.1f} MiB" if restored.names else "nothing to restore"

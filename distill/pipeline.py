@@ -8,15 +8,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from . import checkpoint, data, easydistill, launch, models, preflight, resume, shapes, stages, store, train
 from .config import BACKENDS, RUN, Settings, backend_problem, build_job, lab_settings, read_job, resolve
 from .console import say, table
 from .errors import BackendError, ConfigError, DataError
-from .machine import this_machine
-from .memory import HALF
+from .machine import download_bytes, this_machine
 from .models import RUN_RECORD
 from .train import TrainResult
 
@@ -264,9 +262,7 @@ def _fit(settings: Settings, longest_tokens: int, run_folder: Path, begun: dict 
     except ConfigError as error:
         say(f"note: {error} So its memory is not checked.")
         return None
-    machine, mine = this_machine(), _gib_in(run_folder, out_dir, out_dir.with_name(out_dir.name + ".previous"))
-    machine = replace(machine, free_disk_gib=machine.free_disk_gib + mine)  # what a rerun takes the place of
-    return preflight.choose(settings, shape, longest_tokens, machine, _download_bytes(student, shape), begun)
+    return preflight.choose(settings, shape, longest_tokens, this_machine(out_dir, run_folder), download_bytes(student, shape), begun)
 
 
 def _check_fits(job: dict, run_folder: Path) -> None:
@@ -276,22 +272,12 @@ def _check_fits(job: dict, run_folder: Path) -> None:
     _fit(Settings(values, dict.fromkeys(values, "yours")), longest, run_folder)
 
 
-def _download_bytes(student: str, shape: shapes.Shape) -> int:
-    """What of a student has still to come from the hub, where weights mostly lie in 16 bits."""
-    return 0 if models.is_here(student) else HALF * shape.parameters
-
-
 def _begun(run_folder: Path) -> dict:
     """What the machine of a run's earlier session had changed of the settings that decide the weights; empty where there was none."""
     plan = run_folder / "plan.json"
     before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
     changed = {name: setting["value"] for name, setting in before.items() if setting["origin"] == preflight.ORIGIN}
     return {name: value for name, value in changed.items() if name in preflight.LEARNT}
-
-
-def _gib_in(*folders: Path) -> float:
-    """How much files in some folders take."""
-    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) / 2**30
 
 
 def _run_folder(system: str, settings: Settings) -> Path:

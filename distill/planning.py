@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from . import console, engine, store
 from .compare_page import visible
 from .config import Settings, is_hub_name, resolve
 from .errors import ConfigError, PreflightError, did_you_mean
-from .machine import ANSWER_TOKENS, QUESTION_TOKENS, this_machine
+from .machine import ANSWER_TOKENS, QUESTION_TOKENS, disks_of, download_bytes, this_machine
 from .memory import Asking
 from .pace import GPUS, Rate, asking_minutes, cpu_rate, gpu_rate, known_gpu, training_minutes
-from .preflight import Machine, as_trained, choose, choose_teacher
+from .preflight import Machine, as_trained, choose
 from .shapes import Shape, find_shape
+from .teacher import choose_teacher
 
 COLUMNS = ("machine", "stage", "settings", "GiB", "of", "minutes (estimate)")
 USUAL_ROWS = (1000, 1000)  # of System 1 and 2, as the notebook's form has them (choice.Wanted)
@@ -87,7 +88,7 @@ def plan(config1: Mapping | None = None, config2: Mapping | None = None, gpu: st
     ]
     name = works[0].settings.values.get("teacher_model")
     teacher = name and _shape(name, notes)
-    machines = [Machine(each.name, each.free_gib, each.capability) for each in GPUS.values() if gpu in (None, each.name)]
+    machines = [Machine(each.name, each.free_gib, each.capability, gib=each.free_gib) for each in GPUS.values() if gpu in (None, each.name)]
     machines += [] if gpu else [this_machine()]
     notes.append(f"A teacher is asked questions of at most {QUESTION_TOKENS} tokens and answers in {ANSWER_TOKENS}: assumed.")
     rows = []
@@ -102,7 +103,7 @@ def rate_of(machine: Machine) -> Rate | None:
     """What is assumed of a machine's speed; None for a GPU that is none of GPUS."""
     if not machine.gpu:
         return cpu_rate(engine.usable_cores())
-    known = known_gpu(machine.name, machine.free_gib)
+    known = known_gpu(machine.name, machine.gib)
     return known and gpu_rate(known)
 
 
@@ -117,7 +118,7 @@ def _work(stage: str, settings: Settings, usual_rows: int, notes: list[str]) -> 
     values = settings.values
     place, longest = Path(values["labeled_path"]), values["max_length"]
     if store.is_file(place):
-        characters = [len(row.get("instruction", "")) + len(row.get("output", "")) for row in store.read_rows(place)]
+        characters = [sum(len(str(row.get(name) or "")) for name in ("instruction", "output")) for row in store.read_rows(place)]
         mean = min(longest, sum(characters) / max(1, len(characters)) / CHARACTERS_PER_TOKEN)
         rows, source = len(characters), f"{store.shown(place)}, {CHARACTERS_PER_TOKEN} characters a token assumed"
     else:
@@ -138,8 +139,11 @@ def _rows(machine: Machine, rate: Rate | None, teacher: Shape | None, works: lis
 
 
 def _training_row(machine: Machine, rate: Rate | None, work: Work) -> dict:
+    given, student = work.settings.values, work.settings.values["student_model"]
+    if machine.disks:  # this machine, of whose disks it writes to its own
+        machine = replace(machine, disks=disks_of(Path(given["out_dir"])))
     try:
-        fit = choose(work.settings, work.shape, work.settings.values["max_length"], machine)
+        fit = choose(work.settings, work.shape, given["max_length"], machine, download_bytes(student, work.shape))
     except (PreflightError, ConfigError) as error:  # too large for it, or a precision that it has not
         return _row(machine, work.stage, str(error))
     values, chosen = fit.settings.values, fit.chosen

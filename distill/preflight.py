@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from .config import LAB_DEFAULTS, LORA_ALPHA_PER_RANK, Settings, split_of
 from .errors import PreflightError
-from .generation import BATCH_TOKENS
-from .memory import Asking, Need, Training, asking_need, disk_need, loading_need, publishing_need, training_need
+from .memory import Need, Training, disk_need, loading_need, publishing_need, training_need
 from .models import capability_of
+from .resume import kept_last
+from .rotation import KEPT_CHECKPOINTS
 from .shapes import Shape
 from .trainer import attention_on, precision_on
 
@@ -24,27 +25,42 @@ LORA_LEARNING_RATE = 10  # times that of full fine-tuning, for a pretrained stud
 EIGHT_BIT = "adamw_bnb_8bit"
 DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers'
 EXACT_ADAM = ("adamw_torch", DEFAULT_OPTIMIZER)
-TEACHER_BITS = (8, 4)
 SHORTEST_TOKENS = 64
 LIGHTER = 0.8  # of an estimate that memory has shown to be too low
+# what moves off a full disk, by what lies on it; a run's own folder stays with the project
+ELSEWHERE = {"out_dir": "out_dir", "HF_HOME": "the hub's cache (HF_HOME)"}
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A file system.
+
+    free_gib  what is free on it, with what a rerun takes the place of
+    places    what lies on it, of "runs", "out_dir" and "HF_HOME" (the hub's cache)
+    """
+
+    free_gib: float
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Machine:
     """What a run has.
 
-    name           as a message calls it
-    free_gib       memory that is free where models live: the GPU's, or this machine's; math.inf where it is not known
-    capability     the GPU's compute capability; None is a CPU
-    free_disk_gib  of the project's disk; math.inf where it is not known
-    free_ram_gib   beside a GPU's memory, this machine's own; math.inf where it is not known, and on a CPU, where `free_gib` is that
+    name          as a message calls it
+    free_gib      memory that is free where models live: the GPU's, or this machine's; math.inf where it is not known
+    capability    the GPU's compute capability; None is a CPU
+    disks         that a run writes to; none where they are not known
+    free_ram_gib  beside a GPU's memory, this machine's own; math.inf where it is not known, and on a CPU, where `free_gib` is that
+    gib           all of the GPU's memory, free or not
     """
 
     name: str
     free_gib: float
     capability: tuple[int, int] | None = None
-    free_disk_gib: float = math.inf
+    disks: tuple[Disk, ...] = ()
     free_ram_gib: float = math.inf
+    gib: float = math.inf
 
     @property
     def gpu(self) -> bool:
@@ -56,12 +72,12 @@ class Machine:
         return f"{self.free_gib:.1f} GiB" if math.isfinite(self.free_gib) else "an unknown amount"
 
 
-def machine_of(gpu: dict | None, free_ram_gib: float | None, free_disk_gib: float) -> Machine:
-    """The machine that `environment.probe` (its "gpu"), `machine.free_ram_gib` and the disk tell of."""
+def machine_of(gpu: dict | None, free_ram_gib: float | None, disks: tuple[Disk, ...] = ()) -> Machine:
+    """The machine that `environment.probe` (its "gpu"), `machine.free_ram_gib` and `machine.disks_of` tell of."""
     free_ram_gib = math.inf if free_ram_gib is None else free_ram_gib
     if gpu:
-        return Machine(gpu["name"], gpu["free_gib"], capability_of(gpu), free_disk_gib, free_ram_gib)
-    return Machine("this CPU", free_ram_gib, None, free_disk_gib)
+        return Machine(gpu["name"], gpu["free_gib"], capability_of(gpu), disks, free_ram_gib, gpu["gib"])
+    return Machine("this CPU", free_ram_gib, None, disks)
 
 
 def as_trained(values: dict, longest_tokens: int, machine: Machine) -> Training:
@@ -75,6 +91,7 @@ def as_trained(values: dict, longest_tokens: int, machine: Machine) -> Training:
     micro_batch, accumulation = split_of(values)
     length = values["max_length"] if lab["packing"] else min(longest_tokens, values["max_length"])
     attention, _ = attention_on(machine.capability, values["max_length"] * (micro_batch if lab["packing"] else 1))
+    smoothing = "label smoothing" if values.get("label_smoothing_factor") else ""
     return Training(
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -88,7 +105,9 @@ def as_trained(values: dict, longest_tokens: int, machine: Machine) -> Training:
         fused_attention=attention == "sdpa",
         packing=lab["packing"],
         gpu=machine.gpu,
-        full_logits=values.get("backend") == "easydistill",
+        full_logits="EasyDistill" if values.get("backend") == "easydistill" else smoothing,
+        eval_batch=values.get("per_device_eval_batch_size", 0),
+        kept_last=kept_last(values),
     )
 
 
@@ -102,13 +121,11 @@ class Fit:
     settings  those to use; what was changed has the origin "preflight"
     chosen    what was decided → (value, reason)
     need      memory at the training's fullest moment
-    disk      disk at its fullest
     """
 
     settings: Settings
     chosen: dict[str, tuple]
     need: Need
-    disk: Need
 
 
 def choose(
@@ -129,17 +146,17 @@ def choose(
     yours = settings.yours | (LEARNT if begun is not None else set())
     asked = _need(settings.values, shape, longest_tokens, machine)
     found = _first_fit(settings.values, _attempts(settings.values, yours), shape, longest_tokens, machine)
-    disk = disk_need(shape, as_trained(settings.values | (found or {}), longest_tokens, machine), download_bytes)
+    how = as_trained(settings.values | (found or {}), longest_tokens, machine)
     problems = [] if found is not None else [_memory_problem(settings.values, asked, shape, longest_tokens, machine)]
     problems += [BEGUN] if problems and begun is not None else []
-    problems += [_disk_problem(disk, machine)] if disk.gib > machine.free_disk_gib else []
+    problems += _disk_problems(shape, how, download_bytes, machine.disks)
     problems += [_loading_problem(loading_need(shape), machine)] if machine.gpu and loading_need(shape).gib > machine.free_ram_gib else []
     if problems:
         raise PreflightError("\n".join(problems))
     values = settings.values | found
     origins = settings.origins | dict.fromkeys(found, ORIGIN)
     need = _need(values, shape, longest_tokens, machine)
-    return Fit(Settings(values, origins, settings.notes), _chosen(values, origins, found, asked, need, machine), need, disk)
+    return Fit(Settings(values, origins, settings.notes), _chosen(values, origins, found, asked, need, machine), need)
 
 
 def _need(values: dict, shape: Shape, longest_tokens: int, machine: Machine) -> Need:
@@ -185,14 +202,21 @@ def _levels(values: dict, yours: set) -> Iterator[dict]:
 
 
 def _splits(values: dict, yours: set) -> Iterator[dict]:
-    """The batch as asked, then in ever smaller micro-batches with the more accumulation: the same rows an optimizer step."""
+    """The batch as asked, then in ever smaller micro-batches with the more accumulation: the same rows an optimizer step.
+
+    A validation's batch that is too large is cut down to the training's, and follows it.
+    """
     yield {}
+    (rows, passes), key = split_of(values), "per_device_eval_batch_size"
+    validated = values[key] if key in values and key not in yours else 0
+    if validated > rows:
+        yield {key: rows}
     if yours & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         return
-    rows, passes = split_of(values)
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0:
-            yield {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": passes * rows // fewer}
+            split = {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": passes * rows // fewer}
+            yield split | ({key: min(fewer, validated)} if validated else {})
 
 
 def _chosen(values: dict, origins: dict, changes: dict, asked: Need, need: Need, machine: Machine) -> dict[str, tuple]:
@@ -217,6 +241,8 @@ def _chosen(values: dict, origins: dict, changes: dict, asked: Need, need: Need,
     if "learning_rate" in changes:
         rate = f"LoRA learns at about {LORA_LEARNING_RATE} times the rate of full fine-tuning; {origins['lora_rank']} took LoRA"
         chosen["learning_rate"] = (values["learning_rate"], rate)
+    if "per_device_eval_batch_size" in changes:
+        chosen["validation"] = (f"{values['per_device_eval_batch_size']} rows at a time", why)
     if values.get("backend") == "auto" and changes.keys() & {"lora_rank", "quantize_bits", "optim"}:
         chosen["backend"] = ("builtin", "only the built-in engine does that")
     return chosen
@@ -269,11 +295,24 @@ def _assigned(changes: dict) -> str:
     return ", ".join(f"{name} = {value!r}" for name, value in changes.items())
 
 
-def _disk_problem(disk: Need, machine: Machine) -> str:
-    return (
-        f"Training needs {disk.gib:.1f} GiB of disk ({disk.moment}: {disk.listed()}), and {machine.free_disk_gib:.1f} GiB are free. "
-        "Free some space, or put out_dir and the hub's cache (HF_HOME) elsewhere."
-    )
+def _disk_problems(shape: Shape, how: Training, download_bytes: float, disks: tuple[Disk, ...]) -> list[str]:
+    """What is wrong with each disk that is too small, with advice that helps: a run's own folder stays with the project."""
+    problems = []
+    for disk in disks:
+        need, staying = (disk_need(shape, how, download_bytes, places) for places in (disk.places, {"runs"} & {*disk.places}))
+        if need.gib <= disk.free_gib:
+            continue
+        fewer = ", lower save_total_limit" if how.kept_last > KEPT_CHECKPOINTS else ""
+        where = " and ".join(ELSEWHERE[place] for place in disk.places if place in ELSEWHERE)
+        if staying.gib > disk.free_gib:
+            advice = f"have the project on a larger disk: its runs/ alone takes {staying.gib:.1f} GiB"
+        else:
+            advice = f"put {where} elsewhere"
+        problems.append(
+            f"Training needs {need.gib:.1f} GiB of disk for {', '.join(disk.places)} ({need.moment}: {need.listed()}), and "
+            f"{disk.free_gib:.1f} GiB are free there. Free some space{fewer}, or {advice}."
+        )
+    return problems
 
 
 def _loading_problem(loading: Need, machine: Machine) -> str:
@@ -281,53 +320,3 @@ def _loading_problem(loading: Need, machine: Machine) -> str:
         f"Training needs {loading.gib:.1f} GiB of this machine's own memory beside the GPU's ({loading.moment}: {loading.listed()}), and "
         f"{machine.free_ram_gib:.1f} GiB are free. Free some, take a smaller student, or a machine with more memory."
     )
-
-
-# A teacher
-
-
-@dataclass(frozen=True)
-class TeacherFit:
-    """How a teacher is held and asked: (value, reason) of both, and the memory that it takes."""
-
-    bits: tuple[int, str]
-    batch_tokens: tuple[int, str]
-    need: Need
-
-
-def choose_teacher(shape: Shape, question_tokens: int, max_new_tokens: int, machine: Machine, bits: int | None = None) -> TeacherFit:
-    """A teacher's bits and batches: 8 bits where they fit, else 4; batches as large as memory allows, at most BATCH_TOKENS.
-
-    question_tokens  of the longest question, `max_new_tokens` of an answer
-    bits             those that you ask for, 4, 8, 16 or 32; None leaves the choice
-    Raises PreflightError with the figures where not even one question at a time fits.
-    """
-    one = question_tokens + max_new_tokens
-    for wanted in (bits,) if bits else TEACHER_BITS:
-        for tokens in _batches(one):
-            need = asking_need(shape, Asking(wanted, tokens, tokens // one, machine.gpu))
-            if need.gib <= machine.free_gib:
-                return TeacherFit((wanted, _bits_reason(wanted, bits)), (tokens, f"{tokens // one} questions at once"), need)
-    fewest = bits or TEACHER_BITS[-1]
-    fewer = " or ".join(str(each) for each in reversed(TEACHER_BITS) if each < fewest)
-    least = asking_need(shape, Asking(fewest, one, 1, machine.gpu))
-    raise PreflightError(
-        f"The teacher does not fit: in {fewest} bits it needs {least.gib:.1f} GiB ({least.listed()}), and {machine.name} has "
-        f"{machine.free} free. {f'Ask for {fewer} bits' if fewer else 'Take a smaller teacher'}, "
-        "or a teacher behind an API."
-    )
-
-
-def _batches(one: int) -> Iterator[int]:
-    """Tokens of a batch, halved from BATCH_TOKENS down to one question's."""
-    tokens = max(BATCH_TOKENS, one)
-    yield tokens
-    while tokens > one:
-        tokens = max(one, tokens // 2)
-        yield tokens
-
-
-def _bits_reason(taken: int, asked: int | None) -> str:
-    if asked:
-        return "asked for"
-    return "fits" if taken == TEACHER_BITS[0] else f"{TEACHER_BITS[0]} bits do not fit"

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from . import store
 from .errors import BackendError, DataError
+from .rotation import KEPT_CHECKPOINTS as KEPT
 from .watch import Figures, Watch
 
 SAVE_SECONDS = 180  # the most between two saves: leaves two of the five minutes for a validation and the saving itself
 SHORTEST_SAVE_SECONDS = 10
 SAVING_SHARE = 0.05
-KEPT = 2  # the last ones, besides the best: one that a kill left half-written must not be the only one
 STATE = "lab_state.json"
 PICKLE = "training_args.bin"
+PARTS = {"engine_sha256": "engine code", "tokens_sha256": "rows"}  # of `checkpoint.identity`, in words
 NOT_THE_MODEL = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", STATE, store.MANIFEST)
 
 
@@ -36,19 +37,21 @@ def pause_after(save_seconds: float) -> tuple[float, str]:
 # Finding
 
 
-def claim(checkpoints: Path, key: str) -> tuple[Path | None, list[str]]:
-    """The training checkpoint to go on from, and what is to be said of those that cannot be used; what is newer is removed.
+def claim(checkpoints: Path, key: str, made_of: dict | None = None) -> tuple[Path | None, list[str]]:
+    """The training checkpoint to go on from, the last whole one of a job; and what is to be said of those that cannot be used.
 
-    key  the job's `checkpoint.resume_key`; a checkpoint of another key is of another job
+    key      the job's `checkpoint.resume_key`
+    made_of  the job's `checkpoint.identity`, to tell how another job differs
+    Nothing whole is removed: what another job sealed stays until this one has sealed one of its own.
     """
     problems = []
     for folder in reversed(saved(checkpoints)):
-        problem = _problem(folder, key) or _problem_of_best(folder, key)
-        if not problem:
-            return folder, problems
-        problems.append(f"{folder.name} cannot be gone on from: {problem}")
-        shutil.rmtree(folder)
-    return None, problems
+        if problem := _problem(folder, key, made_of or {}):
+            problems.append(f"{folder.name} cannot be gone on from: {problem}")
+    whole = sealed(checkpoints, key)
+    if whole and (problem := _problem_of_best(whole[-1], key)):
+        problems.append(problem)
+    return (whole[-1] if whole else None), problems
 
 
 def saved(checkpoints: Path) -> list[Path]:
@@ -56,28 +59,77 @@ def saved(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("checkpoint-[0-9]*"), key=step_of)
 
 
+def sealed(checkpoints: Path, key: str) -> list[Path]:
+    """A job's own training checkpoints in a folder that were saved to their end, by step."""
+    return [folder for folder in saved(checkpoints) if _key_of(folder) == key]
+
+
+def _key_of(folder: Path) -> str | None:
+    """The `resume_key` that a training checkpoint is sealed with; None where no seal can be read."""
+    try:
+        manifest = store.read_json(folder / store.MANIFEST)
+    except DataError:
+        return None
+    return manifest.get("resume_key") if isinstance(manifest, dict) else None
+
+
+def rotate(checkpoints: Path, key: str, kept: int = KEPT) -> None:
+    """Keep a job's last checkpoints, and those that were the best by one of them: it may have to serve without its successor.
+
+    Called when the job has sealed one; what another job sealed goes.
+    """
+    own = sealed(checkpoints, key)
+    best = {_best_of(folder) for folder in own[-kept:]}
+    needless = [folder for folder in own[:-kept] if step_of(folder) not in best]
+    others = [folder for folder in saved(checkpoints) if (folder / store.MANIFEST).is_file() and folder not in own]
+    for folder in needless + others:
+        shutil.rmtree(folder)
+
+
 def step_of(folder: Path) -> int:
     """The step after which a training checkpoint was saved."""
     return int(re.fullmatch(r"checkpoint-(\d+)", folder.name)[1])
 
 
-def _problem(folder: Path, key: str) -> str | None:
+def _problem(folder: Path, key: str, made_of: dict) -> str | None:
+    """Why a job cannot go on from a training checkpoint; one that is of no use to any job is emptied.
+
+    Its folder stays: with a folder that is gone go its copies elsewhere, which may be whole.
+    """
     try:
         manifest = store.read_manifest(folder)
     except DataError as error:
+        store.empty_folder(folder)
         return str(error)
     if manifest is None:
-        return "it was not saved to its end." if folder.is_dir() else "it is missing."
-    return None if manifest.get("resume_key") == key else "another job made it."
+        store.empty_folder(folder)
+        return "it was not saved to its end."
+    return None if manifest.get("resume_key") == key else _other_job(manifest, made_of)
+
+
+def _other_job(manifest: dict, made_of: dict) -> str:
+    """What is said of another job's training checkpoint. manifest, made_of  as it was sealed, and as this job's would be"""
+    differing = [words for name, words in PARTS.items() if name in manifest and manifest[name] != made_of.get(name)]
+    others = " and ".join(differing) or "its settings or its student"
+    return f"another job made it, with other {others}. It stays until this training has saved one of its own."
 
 
 def _problem_of_best(folder: Path, key: str) -> str | None:
-    """What is wrong with the best checkpoint so far, which the training may publish."""
+    """What is to be said where the best checkpoint so far, which the training may publish, is not whole."""
     best = _best_of(folder)
-    if best in (None, step_of(folder)):
+    if best is None or _key_of(folder.with_name(f"checkpoint-{best}")) == key:
         return None
-    problem = _problem(folder.with_name(f"checkpoint-{best}"), key)
-    return problem and f"the best one so far is checkpoint-{best}, and {problem}"
+    left = _best_left(folder, key)
+    instead = f"checkpoint-{left['step']} is the best of those that are left" if left else "the next validation begins anew"
+    return f"the best one so far was checkpoint-{best}, which is damaged or missing: {instead}."
+
+
+def _best_left(folder: Path, key: str) -> dict | None:
+    """The best validation up to a training checkpoint whose own checkpoint is there: {"step", "eval_loss", …}; None where none is."""
+    steps = {step_of(one) for one in sealed(folder.parent, key)}
+    history = store.read_json(folder / "trainer_state.json")["log_history"]
+    validated = [entry for entry in history if "eval_loss" in entry and entry["step"] in steps]
+    return min(validated, key=lambda entry: entry["eval_loss"], default=None)
 
 
 def _best_of(folder: Path) -> int | None:
@@ -117,14 +169,24 @@ def _entry(line: bytes) -> dict | None:
 # Saving
 
 
+def kept_last(training: dict) -> int:
+    """How many of its last checkpoints a training keeps, besides the best.
+
+    training  a job's block; `save_total_limit` may ask for more than are needed
+    """
+    return max(KEPT, training.get("save_total_limit", 0))
+
+
 class ResumableTrainer:
     """What TRL's SFTTrainer lacks to be killed at any moment, to run out of memory and to notice bad numbers; stands before it as a base.
 
     resume_key  of the job, sealed into every checkpoint
+    made_of     the job's `checkpoint.identity`, sealed too
     kept        how many of the last checkpoints are kept, besides the best
     """
 
     resume_key = ""
+    made_of: dict = {}
     kept = KEPT
 
     def __init__(self, *arguments, **named) -> None:
@@ -144,14 +206,21 @@ class ResumableTrainer:
             state = store.read_json(folder / STATE)
             self._set_sums(state["sums"])
             self._initial_global_step = 0
-            if best := self.state.best_global_step:  # the folder may have been moved since
-                self.state.best_model_checkpoint = str(self._folder_of(best))
+            self._find_best(folder)
         self.seconds_before = state.get("seconds", 0.0)
         self.sessions = [*state.get("sessions", []), self.state.global_step]
         self.stepped, self.began = self.state.global_step, time.monotonic()
         self.saved_at = self.began
         moved, levels = state.get("moved", False), state.get("levels")
         self.watch = Watch(self.args.learning_rate, self._some_weights, self.args.fp16, moved, levels)
+
+    def _find_best(self, folder: Path) -> None:
+        """Name the best checkpoint so far where it lies now; of those that are left, where it is lost."""
+        if self.state.best_global_step and _problem_of_best(folder, self.resume_key):
+            left = _best_left(folder, self.resume_key) or {}
+            self.state.best_global_step, self.state.best_metric = left.get("step"), left.get("eval_loss")
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(self._folder_of(best)) if best else None
 
     def _seconds_until(self, moment: float) -> float:
         """Seconds that all sessions have trained until a moment of the monotonic clock."""
@@ -239,7 +308,7 @@ class ResumableTrainer:
         """
         self._look()
         started, folder = time.monotonic(), self._folder_of(self.state.global_step)
-        shutil.rmtree(folder, ignore_errors=True)
+        store.empty_folder(folder)
         super()._save_checkpoint(model, trial)
         (folder / PICKLE).unlink(missing_ok=True)
         sums = self._sums()
@@ -262,16 +331,16 @@ class ResumableTrainer:
 
     def _seal(self) -> None:
         for folder in self.unsealed:
-            store.write_manifest(folder, {"resume_key": self.resume_key})
+            store.write_manifest(folder, {**self.made_of, "resume_key": self.resume_key})
         self.unsealed.clear()
-        self._rotate()
+        rotate(Path(self.args.output_dir), self.resume_key, self.kept)
 
     def _unseal_bad(self) -> None:
         """Let nobody go on from weights that gave the first bad figures: a step's loss is that of the weights before it."""
         bad_from = max(self.watch.calm_step, self.sessions[-1])
-        for folder in saved(Path(self.args.output_dir)):
+        for folder in sealed(Path(self.args.output_dir), self.resume_key):
             if step_of(folder) >= bad_from:
-                (folder / store.MANIFEST).unlink(missing_ok=True)
+                (folder / store.MANIFEST).unlink()
 
     def rescue(self) -> None:
         """Save the last finished step after a forward or backward has run out of memory; elsewhere the weights may be half of a step's."""
@@ -280,14 +349,6 @@ class ResumableTrainer:
         if self.in_step and self.state.global_step and not is_saved:
             self._set_sums(self.sums_before_step)
             self._save_checkpoint(self.model, None)
-
-    def _rotate(self) -> None:
-        """Keep the last checkpoints, and those that were the best by one of them: it may have to serve without its successor."""
-        folders = [folder for folder in saved(Path(self.args.output_dir)) if (folder / store.MANIFEST).is_file()]
-        best = {_best_of(folder) for folder in folders[-self.kept :]}
-        for folder in folders[: -self.kept]:
-            if step_of(folder) not in best:
-                shutil.rmtree(folder)
 
     # What transformers does otherwise
 

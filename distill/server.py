@@ -17,6 +17,7 @@ from . import engine, environment, models, process, prompt, store
 from .config import is_hub_name
 from .console import say
 from .errors import BackendError
+from .machine import check_served
 
 HOST = "127.0.0.1"
 SERVED = "teacher"  # what a model is called where it is served: its own name may hold what a server reads as its own signs
@@ -34,8 +35,9 @@ def serving(model: str, log: Path) -> Iterator["Server"]:
 
     model  a folder, or a name on the hub
     log    file that gets everything the server prints
-    Raises BackendError with the log's end where the server cannot be started.
+    Raises BackendError with the log's end where the server cannot be started, PreflightError where the model does not fit.
     """
+    check_served(model)
     kind, reason, device = choose()
     say(f"serving {model if is_hub_name(model) else store.shown(model)} by {kind} ({reason})")
     folder = log.with_suffix("")

@@ -114,7 +114,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     previous = _previous(path)
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):  # an empty one is replaced at once, and nothing to keep
         temporary.rename(path)
         return
     outdated = _temporary_name(path)
@@ -127,6 +127,13 @@ def publish_folder(temporary: Path, path: Path) -> None:
         recover(path)
         raise
     shutil.rmtree(outdated, ignore_errors=True)
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove what a folder holds, where there is one; its manifest first, so that a kill leaves no folder that seems whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for place in folder.iterdir() if folder.is_dir() else ():
+        _remove(place)
 
 
 def recover(path: Path) -> None:
@@ -393,6 +400,13 @@ def _entry(line: bytes) -> dict | None:
     """The entry of a journal's line; None where the line was cut short or changed."""
     text = line[: len(line) - len(_checked(b"}"))] + b"}"
     return json.loads(text) if line == _checked(text) else None
+
+
+def intact_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict]]:
+    """The lines of a journal that are as `add_to_journal` wrote them, each with its entry."""
+    for line in lines:
+        if (entry := _entry(line)) is not None:
+            yield line, entry
 
 
 def read_journal(path: Path) -> list[dict]:

@@ -81,7 +81,7 @@ def run(config_path: str | Path, run_folder: Path, reason: str, limit_seconds: f
             kills, left = backoff.kernel_kills(), ends_at and ends_at - time.monotonic()
             ended = engine.run_module("distill.train", arguments, log, hear, left, append=bool(sessions))
             if not sessions or not backoff.ran_out(ended.status, kills, backoff.kernel_kills()):
-                return _failure(ended, log, latest.get("failed"))
+                return _failure(ended, log, latest.get("failed"), sessions[-1]["resume_key"] if sessions else "")
             if not latest.get("in_steps"):
                 return backoff.outside_of_steps(job, sessions[-1])
             step = latest.get("out_of_memory", latest).get("step", 0)  # one that the kernel killed could not say
@@ -91,11 +91,11 @@ def run(config_path: str | Path, run_folder: Path, reason: str, limit_seconds: f
     return replace(result, resumed_from=sessions[0]["step"] or None)
 
 
-def _failure(ended, log: Path, known: str | None) -> BackendError:
+def _failure(ended, log: Path, known: str | None, key: str) -> BackendError:
     """The error for a training that failed: what the engine said of it, else how it ended and the end of its log."""
     if not known:
         return engine.failure("Training", ended, log)
-    kept = [folder for folder in resume.saved(log.parent / "checkpoints") if (folder / store.MANIFEST).is_file()]
+    kept = resume.sealed(log.parent / "checkpoints", key)
     stays = f"\nThe last good training checkpoint is {store.shown(kept[-1])}." if kept else ""
     return BackendError(f"Training failed: {known}{stays}\nThe log: {store.shown(log)}")
 
@@ -129,8 +129,9 @@ def _progress(update) -> Callable[[dict], None]:
     def show(event: dict) -> None:
         if "sample" in event:
             say(samples.sample_line(event["sample"]))
-        elif "session" in event and event["session"]["step"]:
-            say(goes_on(event["session"]))
+        elif "session" in event:
+            for line in event["session"]["said"]:
+                say(line)
         elif "step" in event:
             latest.update((name, event[key]) for key, name in (("loss", "loss"), ("eval_loss", "val")) if key in event)
             update(event["step"], total=event.get("steps"), note=", ".join(f"{name} {value:.3f}" for name, value in latest.items()))
@@ -180,7 +181,7 @@ def train(job: dict, run_folder: Path) -> None:
     key = known["resume_key"]
     past = backoff.history(checkpoints, key, job["training"])
     fitted = backoff.fitted(job, past)
-    found = _open_session(run_folder, key, backoff.split_of(fitted["training"]))
+    found = _open_session(run_folder, known, backoff.split_of(fitted["training"]))
     chosen = _choose(fitted["training"], lab, past)
     precision = chosen["precision"]["value"]
     model, tokenizer = load_student(student, lab, precision, chosen["attention"]["value"])
@@ -189,6 +190,7 @@ def train(job: dict, run_folder: Path) -> None:
     rows, validation = datasets(tokens, run_folder / "cache")
     callbacks = _callbacks(validation and validation_path(tokens), lab["sample_answers"], run_folder)
     trainer = build_trainer(fitted, precision, (model, tokenizer), (rows, validation), checkpoints, callbacks, key)
+    trainer.made_of = known
     outcome = backoff.train_within_memory(trainer, found, backoff.split_of(fitted["training"]))
     _free(trainer)
     _keep_last(trainer, student, tokenizer, run_folder)
@@ -202,18 +204,18 @@ def train(job: dict, run_folder: Path) -> None:
     say(f"checkpoint: {store.shown(out_dir)}")
 
 
-def _open_session(run_folder: Path, key: str, split: dict) -> Path | None:
+def _open_session(run_folder: Path, known: dict, split: dict) -> Path | None:
     """The training checkpoint to go on from, said to the log and to the lab; what the run's journals hold beyond it is taken off."""
-    found, said = resume.claim(run_folder / "checkpoints", key)
+    found, said = resume.claim(run_folder / "checkpoints", known["resume_key"], known)
     step = resume.step_of(found) if found else 0
     seen = [resume.cut_off(run_folder / name, step) for name in ("metrics.jsonl", "samples.jsonl")]
-    session = {"resume_key": key, "step": step, "seen": max(seen), "split": split, "capability": gpu_capability()}
+    session = {"resume_key": known["resume_key"], "step": step, "seen": max(seen), "split": split, "capability": gpu_capability()}
     if found:
         session["steps"] = store.read_json(found / "trainer_state.json")["max_steps"]
         said.append(goes_on(session))
     for line in said:
         print(line)
-    engine.emit(session=session)
+    engine.emit(session={**session, "said": said})
     return found
 
 
@@ -256,8 +258,8 @@ def _reporter(metrics_path: Path):
 
 def _keep_last(trainer, student: str, tokenizer, run_folder: Path) -> None:
     """Keep the last training checkpoint's model as `last/` in the run's folder."""
-    last = resume.saved(run_folder / "checkpoints")[-1]
-    if resume.step_of(last) != trainer.state.global_step:
+    last = run_folder / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
+    if not last.is_dir():
         raise BackendError(f"The last training checkpoint, after step {trainer.state.global_step}, is missing.")
     with store.atomic_folder(run_folder / "last") as folder:
         if (last / "adapter_config.json").is_file():
@@ -297,7 +299,7 @@ def _metrics(trainer, outcome, rows: int) -> dict:
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "validation_loss": validated,
-        "best_validation_loss": min(validated) if validated else None,
+        "best_validation_loss": trainer.state.best_metric,  # of the checkpoint that is published: a better one may have been lost
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "trained_parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import config, store
 from .errors import ConfigError, DataError
 from .models import BF16_CAPABILITY, gpu_capability, half_precision, load_quantized, load_to_train
-from .resume import KEPT, ResumableTrainer
+from .resume import ResumableTrainer, kept_last
 from .store import validation_path
 
 POOL_BATCHES = 20
@@ -123,7 +123,7 @@ def build_trainer(job: dict, precision: str, student: tuple, data: tuple, checkp
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # TRL makes QLoRA's bf16, whose gradients the scaler of fp16 cannot take
-    trainer.resume_key, trainer.kept = key, max(KEPT, training.get("save_total_limit", 0))
+    trainer.resume_key, trainer.kept = key, kept_last(training)
     return trainer
 
 

@@ -15,7 +15,6 @@ from distill import answers, compare_page, generation, models, store
 from distill.compare import Comparison, compare_models, reasoning
 from distill.errors import BackendError, ConfigError
 from distill.evaluate import final_answer
-from distill.machine import ANSWER_TOKENS, QUESTION_TOKENS
 from distill.memory import Asking, asking_need
 from distill.preflight import Machine
 from distill.prompt import asked_ids
@@ -189,7 +188,9 @@ def memory(monkeypatch):
 def four_bits(micro) -> float:
     """The memory, in GiB, that the micro teacher fits in by 4 bits and not by 8."""
     shape, _ = find_shape(str(micro / "teacher"))
-    return sum(asking_need(shape, Asking(bits, QUESTION_TOKENS + ANSWER_TOKENS, 1)).gib for bits in (8, 4)) / 2
+    tokenizer = models.load_tokenizer(str(micro / "teacher"))
+    one = max(len(asked_ids(tokenizer, text, "", "system1")) for text in ("one", "two")) + generation.MAX_NEW_TOKENS["system1"]
+    return sum(asking_need(shape, Asking(bits, one, 1)).gib for bits in (8, 4)) / 2
 
 
 def ask_teacher(micro, *prompts: str, **settings) -> Comparison:

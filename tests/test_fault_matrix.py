@@ -117,13 +117,18 @@ def test_where_the_disk_is_full_midway_old_and_new_rows_are_whole_and_never_take
             check_labeled("data/labeled.json", "system1")
 
 
+def let_the_preflight_pass(monkeypatch) -> None:
+    """It would refuse a small disk before anything is written; of a machine whose disks are not known it asks nothing."""
+    monkeypatch.setattr(pipeline, "this_machine", lambda *places: Machine("a CPU", math.inf))
+
+
 def test_a_full_disk_is_named_at_every_write_of_a_job_and_leaves_all_as_it_was(project, monkeypatch):
     with Disk(project, 1024) as disk:
         store.write_rows("rows.json", ROWS[:12])
         with pytest.raises(PreflightError, match=r"Training needs .* GiB of disk .* Free some space"):
             write_system1_config(SETTINGS)
         assert [path.name for path in project.iterdir()] == ["rows.json"]
-        monkeypatch.setattr(pipeline, "this_machine", lambda: Machine("a CPU", math.inf))  # whose disk is not known
+        let_the_preflight_pass(monkeypatch)
         store.write_json("job.json", {"job_type": "an older one"})
         before = tree(project)
 
@@ -193,7 +198,8 @@ ENOUGH_FOR = {"no log": 4, "a log alone": 12, "half of a training checkpoint": 2
 
 
 @pytest.mark.parametrize("left", ENOUGH_FOR)
-def test_a_full_disk_ends_a_training_that_goes_on_when_there_is_room(project, left):
+def test_a_full_disk_ends_a_training_that_goes_on_when_there_is_room(project, left, monkeypatch):
+    let_the_preflight_pass(monkeypatch)
     store.write_rows("rows.json", ROWS)
     with Disk(project / "runs", 64 * 1024) as disk:
         write_system1_config(SETTINGS)
@@ -209,7 +215,8 @@ def test_a_full_disk_ends_a_training_that_goes_on_when_there_is_room(project, le
             assert run_id(project)
 
 
-def test_a_full_disk_at_the_publication_keeps_the_checkpoint_that_stood_there(trained):
+def test_a_full_disk_at_the_publication_keeps_the_checkpoint_that_stood_there(trained, monkeypatch):
+    let_the_preflight_pass(monkeypatch)
     before = tree(trained / "out")
     with Disk(trained / "models", 8 * 1024) as disk:
         shutil.copytree(trained / "out", disk.place / "out")

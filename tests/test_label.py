@@ -14,7 +14,6 @@ import pytest
 from distill import answers, generation, label, models, store
 from distill.data import prepare_system1_dataset
 from distill.errors import BackendError, ConfigError, DataError, PreflightError
-from distill.machine import ANSWER_TOKENS, QUESTION_TOKENS
 from distill.memory import Asking, asking_need
 from distill.preflight import Machine
 from distill.prompt import asked_ids
@@ -246,9 +245,15 @@ def memory(monkeypatch):
     return has
 
 
+def needs_gib(teacher: str, bits: int) -> float:
+    """Memory for one question of PARITY at a time, with an answer of 12 tokens."""
+    tokenizer = models.load_tokenizer(teacher)
+    longest = max(len(asked_ids(tokenizer, text, "", "system1")) for text in PARITY)
+    return asking_need(find_shape(teacher)[0], Asking(bits, longest + 12, 1)).gib
+
+
 def test_momentary_memory_makes_no_other_teacher_and_one_journal_holds_one_precision(project, teacher, memory, capsys):
-    shape, _ = find_shape(teacher)
-    eight, four = (asking_need(shape, Asking(bits, QUESTION_TOKENS + ANSWER_TOKENS, 1)).gib for bits in (8, 4))
+    eight, four = needs_gib(teacher, 8), needs_gib(teacher, 4)
     store.write_rows(project / "few.json", [{"instruction": text} for text in PARITY[:2]])
     store.write_rows(project / "many.json", [{"instruction": text} for text in PARITY])
     memory((eight + four) / 2)
@@ -282,9 +287,7 @@ def test_bits_of_an_attempt_that_answered_nothing_bind_no_later_one(project, tea
     with monkeypatch.context() as patch, pytest.raises(BackendError, match="killed"):
         patch.setattr(label, "ask", engine_that_dies)
         label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12)
-    shape, _ = find_shape(teacher)
-    four = asking_need(shape, Asking(4, QUESTION_TOKENS + ANSWER_TOKENS, 1)).gib
-    memory(four + 1e-4)
+    memory(needs_gib(teacher, 4) + 1e-5)
     assert label.label_rows(rows, label.teacher_of(teacher), max_new_tokens=12).bits == 4
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from distill import copies, environment, hub_cache, items, mirror, notebook, persist, restore, rotation, store
+from distill import answers, copies, environment, hub_cache, items, mirror, notebook, persist, restore, resume, rotation, store
 from distill.errors import ConfigError, DataError, DistillError
 
 OTHER_SESSION = "0123456789abcdef"
@@ -249,6 +249,81 @@ def test_a_journal_grows_by_restoring_and_never_shrinks(project, drive, new_sess
     assert journal.read_text() == after
 
 
+def write_labels(path: Path, **labels: str) -> Path:
+    """A journal of answers."""
+    store.make_folder(path.parent)
+    for name, text in labels.items():
+        store.add_to_journal(path, {"id": name, "text": text})
+    return path
+
+
+def labels_in(path: Path) -> dict[str, str]:
+    return {entry["id"]: entry["text"] for entry in store.read_journal(path)}
+
+
+def test_answers_of_two_sessions_become_one_journal_here_and_there(project, drive, new_session):
+    name = "runs/labels/ab.jsonl"
+    write_labels(project / name, **{f"q{number}": "there" for number in range(9)})
+    persist.persist_to(drive).flush()
+    here = write_labels(new_session() / name, q3="here", q9="here")
+    lab = persist.persist_to(drive)
+    wanted = {f"q{number}": "there" for number in range(9)} | {"q3": "here", "q9": "here"}
+    assert labels_in(here) == wanted and lab.flush() == []
+    assert labels_in(the_copy(drive, f"project/{name}") / here.name) == wanted
+
+
+@pytest.mark.parametrize("here", ["", "4 bits", "8 bits"])
+def test_answers_of_a_teacher_in_other_bits_are_not_mixed(project, drive, new_session, here):
+    name = "runs/labels/ab.jsonl"
+    assert restore.MODEL == answers.MODEL
+    write_labels(project / name, model="4 bits", q1="there", q2="there", q3="there")
+    persist.persist_to(drive).flush()
+    fewer = {"model": here, "q1": "here", "q2": "here"} if here else {}
+    place = write_labels(new_session() / name, **fewer)
+    persist.persist_to(drive)
+    found = labels_in(place)
+    assert found["model"] == "4 bits" and found["q3"] == "there" and found["q1"] == ("here" if here == "4 bits" else "there")
+
+
+def test_where_more_answers_in_other_bits_are_here_they_stay(project, drive, new_session):
+    name = "runs/labels/ab.jsonl"
+    write_labels(project / name, model="4 bits", q1="there")
+    persist.persist_to(drive).flush()
+    place = write_labels(new_session() / name, model="8 bits", q2="here", q3="here")
+    persist.persist_to(drive)
+    assert labels_in(place) == {"model": "8 bits", "q2": "here", "q3": "here"}
+
+
+@pytest.mark.parametrize("damage", ["a bit", "its end"])
+def test_of_a_damaged_copy_of_a_journal_the_whole_lines_come_back_and_a_new_copy_is_made(project, drive, new_session, capsys, damage):
+    name = "runs/labels/ab.jsonl"
+    write_labels(project / name, **{f"q{number}": "text" for number in range(100)})
+    persist.persist_to(drive).flush()
+    copy = the_copy(drive, f"project/{name}") / "ab.jsonl"
+    flip(copy) if damage == "a bit" else os.truncate(copy, copy.stat().st_size - 9)
+    here = new_session() / name
+    lab = persist.persist_to(drive)
+    assert len(labels_in(here)) == 99 and "Its 99 whole lines are taken" in " ".join(capsys.readouterr().out.split())
+    assert lab.flush() == [] and labels_in(the_copy(drive, f"project/{name}") / "ab.jsonl") == labels_in(here)
+
+
+@pytest.mark.parametrize("here, there, after", [(2, 5, 5), (5, 2, 5), (0, 2, 2)])
+def test_of_the_rows_of_a_source_the_longer_journal_stays(project, drive, new_session, here, there, after):
+    def write_rows(path: Path, count: int, text: str) -> Path:
+        store.make_folder(path.parent)
+        for number in range(count):
+            store.add_to_journal(path, {"number": number, "row": {"text": text}})
+        return path
+
+    name = "runs/sources/ab.jsonl"
+    write_rows(project / name, there, "there")
+    persist.persist_to(drive).flush()
+    place = write_rows(new_session() / name, here, "here!")
+    persist.persist_to(drive).flush()
+    assert len(list(store.replay_journal(place))) == after
+    assert (the_copy(drive, f"project/{name}") / place.name).read_bytes() == place.read_bytes()
+
+
 def test_work_of_a_session_on_another_disk_is_gone_on_with(project, drive, new_session, monkeypatch):
     """A: copies 1. B, elsewhere: restores it, makes 2. A again has 1 as it was copied: 2 comes. Then A makes 3 and B has 2: 3 comes."""
     rows = "data/train_labeled.json"
@@ -372,6 +447,69 @@ def test_checkpoints_of_a_session_that_went_on_elsewhere_come_back_beside_earlie
     assert steps_in(project / "runs" / "system1-x") == {10, 20, 30}
 
 
+def test_where_the_same_training_stands_further_on_there_it_comes_back_with_its_figures_and_is_kept(project, drive, new_session):
+    """A session without PERSIST_TO, then one with it."""
+    run = project / "runs" / "system1-x"
+    for step in (100, 900, 1000):
+        write_training(run, step, best=100)
+    figures = write(run / "metrics.jsonl", '{"step": 1000}\n')
+    persist.persist_to(drive).flush()
+    second = new_session() / "runs" / "system1-x"
+    write_training(second, 10)
+    write(second / figures.name, '{"step": 10}\n')
+    lab = persist.persist_to(drive)
+    assert steps_in(second) == {10, 100, 900, 1000} and (second / figures.name).read_text() == figures.read_text()
+    assert lab.flush() == [] and copied_steps(drive) == {100, 900, 1000}
+
+
+def test_of_two_jobs_in_one_run_each_has_its_checkpoints_until_those_of_the_former_are_removed(project, drive, new_session):
+    for step in (900, 1000):
+        write_training(project / "runs" / "system1-x", step, key="of the former code")
+    persist.persist_to(drive).flush()
+    second = new_session() / "runs" / "system1-x"
+    write_training(second, 10)
+    lab = persist.persist_to(drive)
+    assert lab.flush() == [] and steps_in(second) == copied_steps(drive) == {10, 900, 1000}
+    for step in (20, 30):
+        write_training(second, step)
+    assert lab.flush() == [] and copied_steps(drive) == {20, 30, 900, 1000}
+    resume.rotate(second / "checkpoints", "k")
+    assert lab.flush() == [] and steps_in(second) == copied_steps(drive) == {20, 30}
+
+
+def test_the_best_checkpoint_that_is_damaged_here_comes_back_and_figures_here_stay(project, drive):
+    run = project / "runs" / "system1-x"
+    best = write_training(run, 5)
+    for step in (10, 20):
+        write_training(run, step, best=5)
+    before = tree(best)
+    figures = write(run / "metrics.jsonl", '{"step": 20}\n')
+    persist.persist_to(drive).flush()
+    persist._end()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-10")
+    write_training(run, 30, best=5)
+    flip(best / "model.safetensors")
+    figures.write_text('{"step": 30}\n')
+    persist.persist_to(drive)
+    assert tree(best) == before and steps_in(run) == {5, 20, 30} and figures.read_text() == '{"step": 30}\n'
+
+
+def test_the_folder_of_a_damaged_checkpoint_keeps_its_copy_which_comes_back(project, drive):
+    run = project / "runs" / "system1-x"
+    for step in (10, 20):
+        write_training(run, step)
+    damaged = run / "checkpoints" / "checkpoint-20"
+    before, lab = tree(damaged), persist.persist_to(drive)
+    lab.flush()
+    flip(damaged / "optimizer.pt")
+    assert resume.claim(run / "checkpoints", "k")[0].name == "checkpoint-10" and tree(damaged) == {}
+    write_training(run, 15)
+    assert lab.flush() == [] and copied_steps(drive) == {15, 20}
+    persist._end()
+    persist.persist_to(drive)
+    assert tree(damaged) == before
+
+
 def test_a_removed_copy_is_emptied_before_it_is_removed(project, drive, monkeypatch):
     sizes, unlink = [], os.unlink
     run = project / "runs" / "system1-x"
@@ -462,15 +600,16 @@ def test_a_checkpoint_that_is_damaged_here_is_not_copied_and_comes_back(project,
     persist.persist_to(drive).flush()
     persist._end()
     flip(good / "model.safetensors")
-    flip(write_training(run, 20) / "optimizer.pt")
-    persist.persist_to(drive).flush()
-    assert tree(good) != before  # a later one stands here: this one is of no use
-    shutil.rmtree(run / "checkpoints" / "checkpoint-20")
-    persist._end()
+    damaged = write_training(run, 20)
+    flip(damaged / "optimizer.pt")
     persist.persist_to(drive).flush()
     assert tree(good) == before and copied(drive) == {"project/runs/system1-x/checkpoints/checkpoint-10"}
     assert "checkpoint-20 is not what its manifest recorded (optimizer.pt)" in capsys.readouterr().out
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-10"]
+    flip(damaged / "optimizer.pt")
+    flip(good / "model.safetensors")
+    persist._end()
+    persist.persist_to(drive)
+    assert tree(good) != before  # a later one stands here, and is whole: this one is of no use
 
 
 def test_data_that_does_not_verify_here_comes_back_and_is_found_beside_it(project, drive):
@@ -964,6 +1103,8 @@ def write_cache(hub: Path, micro: Path, name: str = "models--acme--micro") -> Pa
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(f"../../blobs/{blob}")
     write(model / "refs" / "main", commit)
+    write(model / "blobs" / "c1", "*.bin filter=lfs")  # as snapshot_download fetches it with every repository
+    (model / "snapshots" / commit / ".gitattributes").symlink_to("../../blobs/c1")
     write(model / "blobs" / f"{'b' * 40}.incomplete", "half")
     return model
 
@@ -983,7 +1124,7 @@ def test_a_restored_model_of_the_hub_loads_without_the_hub(project, drive, new_s
     new_session()
     persist.persist_to(drive)
     restored = tmp_path / "hf-second" / "hub" / model.name
-    links = {path.relative_to(model): path.readlink() for path in model.rglob("*") if path.is_symlink()}
+    links = {path.relative_to(model): path.readlink() for path in model.rglob("[!.]*") if path.is_symlink()}
     assert {path.relative_to(restored): path.readlink() for path in restored.rglob("*") if path.is_symlink()} == links != {}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf-second")}
     done = subprocess.run([sys.executable, "-c", LOADS], env=environment, capture_output=True, text=True, timeout=120)

@@ -8,16 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from distill import checkpoint, config, models, store, train, trainer
+from distill import checkpoint, config, machine, models, server, store, train, trainer
 from distill.choice import SHORT, Wanted
 from distill.config import Settings, resolve
 from distill.errors import ConfigError, PreflightError
 from distill.generation import BATCH_TOKENS
 from distill.memory import GIB, Asking, Training, asking_need, cast_bytes, disk_need, kept_bytes, loading_need, training_need
 from distill.pace import GPUS, gpu_rate, known_gpu, training_minutes
-from distill.planning import USUAL_ROWS, plan
-from distill.preflight import Machine, as_trained, choose, choose_teacher, machine_of
+from distill.planning import USUAL_ROWS, plan, rate_of
+from distill.preflight import Disk, Machine, as_trained, choose, machine_of
+from distill.resume import ResumableTrainer
 from distill.shapes import SHIPPED, find_shape, shape_of
+from distill.teacher import check_served, choose_teacher
 
 SMALL, LARGE, TEACHER = (f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "7B"))
 QWEN3 = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -173,6 +175,20 @@ def test_a_need_names_its_moment_and_all_its_parts():
     assert all(name in found.listed() for name in ("weights", "gradients", "optimizer", "activations", "logits", "fragmentation"))
 
 
+def test_a_larger_validation_batch_has_a_moment_of_its_own_and_a_smaller_one_changes_nothing():
+    assert need(eval_batch=4) == need()
+    found = training_need(shape(SMALL), Training(4, 1, 512, precision="bf16", gpu=True, eval_batch=256))
+    assert found.moment == "a validation's layer" and found.bytes > 1.1 * need()
+    assert "gradients" not in found.entries and need(eval_batch=256, full_logits="label smoothing") > 4 * 4 * 256 * 512 * shape(SMALL).vocab
+
+
+def test_disk_holds_as_many_checkpoints_as_the_trainer_keeps(settings):
+    each = 12 * shape(SMALL).parameters
+    for yours, kept in (({}, ResumableTrainer.kept), ({"save_total_limit": 1}, 2), ({"save_total_limit": 10}, 10)):
+        how = as_trained(settings(**yours).values, 512, on(T4))
+        assert disk_need(shape(SMALL), how).entries["training checkpoints"] == (kept + 2) * each  # the best, and one being written
+
+
 def test_disk_holds_checkpoints_to_go_on_from_or_the_published_ones():
     full = disk_need(shape(SMALL), Training(1, 1, 512), download_bytes=GIB)
     assert full.moment == "training" and full.entries["training checkpoints"] == 4 * 12 * shape(SMALL).parameters
@@ -295,8 +311,61 @@ def test_easydistill_is_offered_nothing_that_only_the_engine_does(settings):
 
 
 def test_a_disk_that_is_too_small_is_refused_with_figures(settings):
-    with pytest.raises(PreflightError, match=r"GiB of disk \(.*training checkpoints.*, and 5.0 GiB are free. Free some"):
-        choose(settings(), shape(SMALL), 1024, with_gib(40, free_disk_gib=5.0))
+    disks = (Disk(5.0, ("runs", "out_dir", "HF_HOME")),)
+    wanted = r"2\d\.\d GiB of disk for runs, out_dir, HF_HOME \(training: .*training checkpoints.*, and 5\.0 GiB are free there\. Free"
+    with pytest.raises(PreflightError, match=wanted):
+        choose(settings(), shape(SMALL), 1024, with_gib(40, disks=disks))
+
+
+@pytest.mark.parametrize(
+    ("frees", "refused"),
+    [
+        (
+            {"runs": 24.0, "out_dir": 4.0, "HF_HOME": 3.0},
+            r"disk for out_dir \(publishing .* 5\.5.* 4\.0 GiB are free .*or put out_dir elsewhere\.",
+        ),
+        ({"runs": 24.0, "out_dir": 6.0, "HF_HOME": 1.0}, r"2\.0 GiB of disk for HF_HOME .*or put the hub's cache \(HF_HOME\) elsewhere\."),
+        (
+            {"runs": 9.0, "out_dir": 6.0, "HF_HOME": 3.0},
+            r"disk for runs \(.*or have the project on a larger disk: its runs/ alone takes 22\.3 GiB",
+        ),
+        ({"runs": 24.0, "out_dir": 6.0, "HF_HOME": 3.0}, None),
+    ],
+)
+def test_every_disk_that_a_run_writes_to_is_asked_with_advice_that_helps(settings, frees, refused):
+    machine_here = with_gib(40, disks=tuple(Disk(free_gib, (place,)) for place, free_gib in frees.items()))
+
+    def chosen():
+        return choose(settings(), shape(SMALL), 1024, machine_here, download_bytes=2 * GIB)
+
+    if refused is None:
+        assert chosen().need.gib
+        return
+    with pytest.raises(PreflightError, match=refused) as error:
+        chosen()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_places_on_one_disk_are_summed_and_a_high_save_total_limit_is_named(settings):
+    disks = (Disk(30.0, ("runs", "out_dir")), Disk(3.0, ("HF_HOME",)))
+    assert choose(settings(), shape(SMALL), 1024, with_gib(40, disks=disks), 2 * GIB).need.gib
+    with pytest.raises(PreflightError, match=r"for runs, out_dir .*Free some space, lower save_total_limit, or have the project"):
+        choose(settings(save_total_limit=10), shape(SMALL), 1024, with_gib(40, disks=disks), 2 * GIB)
+
+
+def test_the_disks_of_this_machine_are_told_apart_by_their_file_system(project, monkeypatch):
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == project.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project / "cache" / "hub"))
+    here, there = machine.disks_of(elsewhere / "no such folder" / "out", project / "runs" / "x")
+    assert (here.places, there.places) == (("runs", "HF_HOME"), ("out_dir",))
+    assert [disk.places for disk in machine.disks_of(project / "out")] == [("runs", "out_dir", "HF_HOME")]
+    (project / "runs" / "x").mkdir(parents=True)
+    with open(project / "runs" / "x" / "optimizer.pt", "wb") as file:
+        file.truncate(100 * GIB)  # sparse: it takes no room here
+    again = machine.disks_of(elsewhere / "out", project / "runs" / "x")[0]
+    assert again.free_gib - here.free_gib == pytest.approx(100, abs=5)  # a rerun takes the place of what it left
 
 
 def test_memory_counts_the_longest_row_and_not_the_limit(settings):
@@ -311,16 +380,33 @@ def test_easydistill_is_sized_with_the_logits_of_a_whole_batch(settings):
     tiled, full = (
         training_need(shape(SMALL), as_trained(values | {"backend": backend}, 1024, on(T4))) for backend in ("auto", "easydistill")
     )
-    assert full.entries["logits"] == 3 * 4 * 1024 * values["per_device_train_batch_size"] * shape(SMALL).vocab > tiled.entries["logits"]
+    each = 4 * 1024 * values["per_device_train_batch_size"] * shape(SMALL).vocab
+    assert full.entries["logits"] == 3 * each > tiled.entries["logits"]
+    smoothed = as_trained(values | {"label_smoothing_factor": 0.1}, 1024, on(T4))  # TRL does that without its fused head
+    assert training_need(shape(SMALL), smoothed).entries["logits"] >= 3 * each
+
+
+def test_a_validation_batch_is_cut_down_with_the_training_s_and_refused_where_it_is_yours(settings):
+    given = settings()
+    given = Settings(given.values | {"per_device_eval_batch_size": 256}, given.origins)
+    found = choose(given, shape(SMALL), 1024, on(T4))
+    rows = found.settings.values["per_device_train_batch_size"]
+    assert (
+        found.settings.values["per_device_eval_batch_size"] <= rows and found.settings.origins["per_device_eval_batch_size"] == "preflight"
+    )
+    assert found.chosen["validation"][0] == f"{found.settings.values['per_device_eval_batch_size']} rows at a time"
+    with pytest.raises(PreflightError, match="a validation's .*This would fit: .*per_device_eval_batch_size = "):
+        choose(settings(per_device_eval_batch_size=256, lora_rank=0), shape(SMALL), 1024, on(T4))
 
 
 def test_a_t4_trains_in_fp16_and_an_l4_in_bf16(settings):
     values = settings().values
     found = [as_trained(values, 1024, on(GPUS[name])) for name in ("T4", "L4")]
     assert [how.precision for how in found] == ["fp16", "bf16"] and all(how.fused_attention for how in found)
-    machine = machine_of({"name": "Tesla T4", "free_gib": 14.5, "capability": "7.5"}, 10.0, 50.0)
-    assert machine == Machine("Tesla T4", 14.5, (7, 5), 50.0, 10.0)
-    assert machine_of(None, None, 50.0).free_gib == math.inf
+    disks = (Disk(50.0, ("runs",)),)
+    found = machine_of({"name": "Tesla T4", "gib": 14.7, "free_gib": 14.5, "capability": "7.5"}, 10.0, disks)
+    assert found == Machine("Tesla T4", 14.5, (7, 5), disks, 10.0, 14.7)
+    assert machine_of(None, None).free_gib == math.inf
 
 
 # A teacher
@@ -345,6 +431,50 @@ def test_one_question_at_a_time_is_tried_before_a_teacher_is_refused():
     assert found.batch_tokens == (one, "1 questions at once")
     with pytest.raises(PreflightError, match=r"in 8 bits it needs .*Ask for 4 bits"):
         choose_teacher(shape(TEACHER), 512, 988, with_gib(least - 0.001), bits=8)
+
+
+def test_a_teacher_is_sized_for_the_batch_and_the_answers_that_are_asked_for(monkeypatch, capsys):
+    found = choose_teacher(shape(TEACHER), 512, 256, with_gib(9.0))
+    assert found.bits[0] == 8
+    assert choose_teacher(shape(TEACHER), 512, 4096, with_gib(9.0)).bits[0] == 4
+    with pytest.raises(
+        PreflightError, match=r"in 4 bits it needs 1\d\.\d GiB .* for 64 at once of 512 tokens and 256 of an answer, .*smaller batch_size"
+    ):
+        choose_teacher(shape(TEACHER), 512, 256, with_gib(9.0), batch_size=64)
+    assert choose_teacher(shape(TEACHER), 512, 256, with_gib(20.0), batch_size=64).batch_tokens == (64 * 768, "64 questions at once")
+
+
+def asked_of(micro, monkeypatch, gib: float, question: str = "Is 2 odd?", **more) -> dict:
+    """The settings of the micro teacher on a CPU of so much memory."""
+    monkeypatch.setattr(machine, "this_machine", lambda: Machine("this CPU", gib))
+    asked = {"questions": [{"instruction": question, "mode": "system1"}], "max_new_tokens": {"system1": 8}, **more}
+    return machine.teacher_settings(str(micro / "teacher"), asked)
+
+
+def test_what_a_teacher_is_really_asked_decides_whether_it_fits(micro, monkeypatch):
+    held = find_shape(str(micro / "teacher"))[0]
+    gib = asking_need(held, Asking(4, 100, 1)).gib
+    assert asked_of(micro, monkeypatch, gib)["bits"] in (8, 4)
+    for more in ({"question": "Is 2 odd? " * 200}, {"max_new_tokens": {"system1": 4096}}, {"batch_size": 100}):
+        with pytest.raises(PreflightError, match="The teacher does not fit"):
+            asked_of(micro, monkeypatch, gib, **more)
+
+
+def test_a_teacher_that_has_still_to_come_needs_room_where_the_hubs_cache_lies(monkeypatch):
+    here = Machine("this CPU", 40.0, disks=(Disk(50.0, ("runs", "out_dir")), Disk(5.0, ("HF_HOME",))))
+    assert choose_teacher(shape(TEACHER), 512, 256, here).bits[0] == 8
+    for check in (choose_teacher, check_served):
+        with pytest.raises(PreflightError, match=r"download takes 14\.2 GiB of disk, and 5\.0 GiB are free .*HF_HOME"):
+            check(shape(TEACHER), 512, 256, here, download_bytes=2 * shape(TEACHER).parameters)
+
+
+def test_a_teacher_that_the_lab_serves_itself_is_checked_in_the_bits_that_it_is_stored_in(micro, tmp_path, monkeypatch):
+    check_served(shape(TEACHER), 512, 256, with_gib(16.5))
+    with pytest.raises(PreflightError, match=r"cannot be served here: in 16 bits it needs 1\d\.\d GiB"):
+        check_served(shape(TEACHER), 512, 256, on(T4))
+    monkeypatch.setattr(machine, "this_machine", lambda: Machine("this CPU", 0.05))
+    with pytest.raises(PreflightError, match="cannot be served here: in 32 bits"), server.serving(str(micro / "teacher"), tmp_path / "log"):
+        raise AssertionError("it was started")
 
 
 def test_a_teachers_weights_are_what_bitsandbytes_makes_of_them(micro):
@@ -392,6 +522,11 @@ def test_gpus_are_known_by_the_names_that_drivers_give():
     assert known_gpu("NVIDIA GeForce RTX 4090", 24) is None
 
 
+def test_a_gpu_that_others_use_too_keeps_its_rate():
+    busy = machine_of({"name": "NVIDIA A100-SXM4-80GB", "gib": 79.3, "free_gib": 45.0, "capability": "8.0"}, 100.0)
+    assert rate_of(busy) == gpu_rate(GPUS["A100-80"])
+
+
 @pytest.fixture(scope="module")
 def planned():
     return plan({"preset": "micro_system1"}, {"preset": "micro_system2"})
@@ -421,6 +556,21 @@ def test_what_does_not_fit_says_so_in_the_plan(settings):
     assert row["gib"] is None and "bf16 needs 8.0" in row["settings"]
     with pytest.raises(ConfigError, match="gpu = 'T5': is not one of T4, L4"):
         plan(gpu="T5")
+
+
+def test_a_row_that_holds_no_text_is_counted_and_the_plan_goes_on(project):
+    store.write_rows(project / "rows.json", [{"instruction": None, "output": 5}, {"instruction": "a" * 99, "output": "b" * 100}])
+    found = plan({"labeled_path": "rows.json"}, gpu="T4")
+    assert "train System 1: 2 rows of 25 tokens on average" in found.notes[0] + found.notes[1]
+
+
+def test_the_plan_asks_the_disk_of_each_system_s_own_out_dir(project, monkeypatch):
+    monkeypatch.setattr("distill.planning.this_machine", lambda: Machine("this CPU", 100.0, disks=(Disk(0.0, ("runs",)),)))
+    places = []
+    monkeypatch.setattr("distill.planning.disks_of", lambda out_dir: places.append(out_dir.name) or (Disk(1.0, ("out_dir",)),))
+    found = plan({"out_dir": "one"}, {"out_dir": "two"})
+    refused = [row["settings"] for row in found.rows if row["machine"] == "this CPU" and row["gib"] is None]
+    assert places == ["one", "two"] and len(refused) == 2 and all("of disk for out_dir" in each for each in refused)
 
 
 def test_the_command_prints_the_plan_and_gives_json(capsys, project):

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each module imports only modules to its left.
 LAYERS = """
     errors guard console store faults hub_cache items copies rotation restore mirror persist stages process packages environment
-    easydistill config prompt models generation checkpoint watch resume trainer shapes memory preflight engine machine hub_rows sources
-    endpoint server asking answers label selection preparation omnithought data traces own_traces samples backoff train workplace launch
-    evaluate trace_tools compare_page compare judge pace planning microtasks microlab chat pipeline choice notebook doctor demo cli_data
-    cli_plan cli
+    easydistill config prompt models generation checkpoint watch resume trainer shapes memory preflight teacher engine machine hub_rows
+    sources endpoint server asking answers label selection preparation omnithought data traces own_traces samples backoff train workplace
+    launch evaluate trace_tools compare_page compare judge pace planning microtasks microlab chat pipeline choice notebook doctor demo
+    cli_data cli_plan cli
 """.split()  # noqa: SIM905
 
 

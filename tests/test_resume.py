@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(broken_off, fi
         (last / store.MANIFEST).unlink()  # killed in the midst of a save
     found, problems = resume.claim(broken_off["checkpoints"], broken_off["key"])
     assert found == before and len(problems) == 1 and problems[0].startswith(f"{last.name} cannot be gone on from: ")
-    assert not last.exists()
+    assert not list(last.iterdir()) and resume.sealed(broken_off["checkpoints"], broken_off["key"])[-1] == before
 
 
 def test_a_truncated_checkpoint_is_damaged_too(broken_off):
@@ -196,18 +196,51 @@ def test_a_truncated_checkpoint_is_damaged_too(broken_off):
     assert resume.claim(broken_off["checkpoints"], broken_off["key"])[0] == before
 
 
-def test_a_checkpoint_is_not_gone_on_from_without_the_best_one_that_it_names(broken_off):
-    for step in (4, 8):
-        flip(broken_off["checkpoints"] / f"checkpoint-{step}" / "model.safetensors")
-    found, problems = resume.claim(broken_off["checkpoints"], broken_off["key"])
-    assert (
-        found is None and len(problems) == 3 and "checkpoint-7 cannot be gone on from: the best one so far is checkpoint-4" in problems[1]
-    )
+@pytest.mark.parametrize("left", [4, None])
+def test_without_its_best_checkpoint_a_training_goes_on_with_the_best_that_is_left(
+    broken_off, stopped, left, train_here, saving_at_every_step, capsys
+):
+    checkpoints = broken_off["checkpoints"]
+    train_here(broken_off["job"], broken_off["run"], 10)
+    assert steps_in(checkpoints) == [8, 9, 10]  # the validations were after 4 and 8
+    flip(checkpoints / "checkpoint-8" / "model.safetensors")
+    if left:
+        shutil.copytree(stopped["run"] / "checkpoints" / "checkpoint-4", checkpoints / "checkpoint-4")
+    found, problems = resume.claim(checkpoints, broken_off["key"])
+    said = "checkpoint-4 is the best of those that are left" if left else "the next validation begins anew"
+    assert resume.step_of(found) == 10 and problems[1:] == [f"the best one so far was checkpoint-8, which is damaged or missing: {said}."]
+    train_here(broken_off["job"], broken_off["run"], 11)
+    state = store.read_json(checkpoints / "checkpoint-11" / "trainer_state.json")
+    assert state["best_global_step"] == left and [resume.step_of(one) for one in resume.sealed(checkpoints, broken_off["key"])][-2:] == [
+        10,
+        11,
+    ]
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert state["best_metric"] == losses.get(left) and train_here(broken_off["job"], broken_off["run"])["sessions"][-1] == 11
 
 
-def test_another_jobs_checkpoints_are_removed_and_the_training_starts_anew(broken_off):
-    assert resume.claim(broken_off["checkpoints"], "another key")[0] is None
-    assert resume.saved(broken_off["checkpoints"]) == []
+def test_another_jobs_checkpoints_stay_until_this_one_has_saved_and_it_says_what_differs(
+    broken_off, train_here, saving_at_every_step, monkeypatch, capsys
+):
+    manifest = store.read_manifest(broken_off["checkpoints"] / "checkpoint-8")
+    for part, words in (("engine_sha256", "engine code"), ("tokens_sha256", "rows"), ("backend", "its settings or its student")):
+        found, problems = resume.claim(broken_off["checkpoints"], "another key", {**manifest, part: "another"})
+        assert found is None and len(problems) == 3
+        assert problems[0].startswith(f"checkpoint-8 cannot be gone on from: another job made it, with other {words}. It stays until")
+    monkeypatch.setattr(checkpoint, "engine_sha256", lambda backend="builtin": "edited")
+    for stop_after, stands in ((0, [4, 7, 8]), (1, [1])):
+        train_here(broken_off["job"], broken_off["run"], stop_after)
+        assert steps_in(broken_off["checkpoints"]) == stands
+        assert all(store.read_manifest(one) for one in resume.saved(broken_off["checkpoints"]))
+
+
+def test_why_a_training_begins_anew_is_said_to_the_lab(broken_off, monkeypatch, capsys):
+    events = []
+    monkeypatch.setattr(train.engine, "emit", lambda **event: events.append(event))
+    train._open_session(broken_off["run"], {"resume_key": "another"}, {})
+    capsys.readouterr()
+    train._progress(lambda *arguments, **named: None)(events[0])
+    assert "checkpoint-8 cannot be gone on from: another job made it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_kill_in_the_midst_of_a_save_leaves_the_one_before(broken_off, train_here, monkeypatch, saving_at_every_step):
@@ -252,7 +285,7 @@ def test_a_job_that_learns_otherwise_has_another_key_and_one_that_only_shows_oth
 def test_the_lists_of_modules_that_decide_a_checkpoint_are_complete():
     # modules that bring settings and files to it, watch it and report on it, and decide nothing of what is published
     plumbing = {"errors", "console", "store", "config", "stages", "faults", "engine", "process", "machine", "easydistill", "workplace"}
-    plumbing |= {"preflight", "shapes", "memory", "samples", "watch", "data"}
+    plumbing |= {"preflight", "shapes", "memory", "samples", "watch", "data", "rotation"}
     for backend, modules in checkpoint.MODULES.items():
         found = set().union(*[imported(ROOT / "distill" / module) for module in modules])
         mates = {"train", "resume"} if backend == "easydistill" else set()  # `train.publish` and what the trainer is made of
