@@ -5,8 +5,8 @@ for (`selection`).
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from . import models, stages, store
@@ -105,14 +105,12 @@ def prepare_system2_dataset(
         stage = _stage(sources, limits, {"validation": validation, "seed": seed}, tokenizer)
         prepared = reuse(stage, fresh, cot)
         if not prepared:
-            counts = _TokenCounts(tokenizer, fresh)
-            with closing(Spool()) as spool:
+            with closing(Spool()) as spool, _counting(tokenizer, fresh) as counts:
                 facts = _fill(spool, sources, limits, seed, counts, fresh)
                 spool.choose_validation(validation, seed)
                 facts |= {"slice": slice_str, "seed": seed, "validation_share": validation, "student_model": student_model}
                 facts |= {"tokenizer_sha256": tokenizer_hash(tokenizer)}
                 prepared = write_prepared(spool, stage.record(), facts, cot)
-            counts.remove()
     say(str(prepared))
     return prepared
 
@@ -158,7 +156,7 @@ class _TokenCounts:
     """Tokens of questions with their traces, on disk as they are counted: a preparation that was killed counts none of them again.
 
     They lie in a journal, `runs/tokens/<key>.jsonl`, whose key hashes the tokenizer and the lab's code that counts; an entry's id hashes
-    the texts. It goes once a preparation is finished.
+    the texts.
     """
 
     def __init__(self, tokenizer, fresh: bool) -> None:
@@ -185,6 +183,21 @@ class _TokenCounts:
     def remove(self) -> None:
         """Forget what was counted."""
         self._journal.unlink(missing_ok=True)
+        for folder in (self._journal.parent, self._journal.parent.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _counting(tokenizer, fresh: bool) -> Iterator[_TokenCounts]:
+    """Token counts that go once the block has ended, well or for data that will not do; a kill and a hub that goes away leave them."""
+    counts = _TokenCounts(tokenizer, fresh)
+    try:
+        yield counts
+    except DataError:
+        counts.remove()
+        raise
+    counts.remove()
 
 
 class _Selection:

@@ -172,6 +172,7 @@ def test_counts_serve_another_selection_but_no_other_tokenizer_and_no_fresh_prep
         before = len(counted)
         prepare_system2_dataset("train[:400]", **{**killed_midway, **change}, out_cot=f"data/{place}.json")
         calls.append(len(counted) - before)
+        journal.parent.mkdir(parents=True, exist_ok=True)
         journal.write_bytes(kept)
     assert calls == [calls[1] - known, calls[1], calls[1]]
 
