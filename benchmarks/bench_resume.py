@@ -62,14 +62,17 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting of the training; may be repeated")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        lab = make_lab(Path(folder) / "lab")
+        lab = make_lab(Path(folder) / "lab", ROWS if options.stage == "prepare" else 0)
         if options.stage == "train":
             finish(start(lab, prepare(f"train[:{options.rows}]")))
         sys.exit(0 if compare(lab, options.kills, options.seed, STAGES[options.stage](options.set)) else 1)
 
 
-def make_lab(folder: Path) -> Path:
-    """The lab's code and the micro world in a folder of their own, so that runs and data of this one stay as they are."""
+def make_lab(folder: Path, rows: int = 0) -> Path:
+    """The lab's code and the micro world in a folder of their own, so that runs and data of this one stay as they are.
+
+    rows  made-up ones in `rows.jsonl`
+    """
     folder.mkdir()
     for name in ("distill", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "kd_*.json"))
@@ -77,7 +80,7 @@ def make_lab(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     (folder / "data" / "micro").symlink_to(ROOT / "data" / "micro")
-    store.write_jsonl(folder / "rows.jsonl", ({"instruction": f"Question {n}", "output": f"{n} " * 20} for n in range(ROWS)))
+    store.write_jsonl(folder / "rows.jsonl", ({"instruction": f"Question {n}", "output": f"{n} " * 20} for n in range(rows)))
     return folder
 
 
@@ -164,7 +167,7 @@ def training(settings: list[str] = ()) -> Stage:
 
 def _step_in(said: str) -> str:
     found = re.search(r"continues at step [\d,]+ of [\d,]+[^\n]*", said)
-    return found[0] if found else "began at step 0"
+    return found[0] if found else "it was done before" if "done before" in said else "began at step 0"
 
 
 def preparing(_: list[str] = ()) -> Stage:

@@ -8,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def lab(*arguments, cwd=ROOT, app=ROOT / "distill_app.py", **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(app), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180, env={**os.environ, **environment})
+@pytest.fixture(scope="module", autouse=True)
+def lab_of_our_own(tmp_path_factory):
+    """Run the commands in a copy of the lab: `runs/` and `reports/` of whoever runs the tests stay as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "ROOT", load_benchmark("bench_resume").make_lab(tmp_path_factory.mktemp("copy") / "lab"))
+        yield
+
+
+def lab(*arguments, cwd=None, app=None, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(app or ROOT / "distill_app.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=180, env={**os.environ, **environment})
 
 
 def tree(*folders: Path) -> set[str]:

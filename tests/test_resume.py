@@ -492,7 +492,7 @@ def test_a_killed_training_that_is_run_again_says_where_it_goes_on_and_ends_as_t
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prepare", "label"])
 def test_twenty_kills_of_preparing_and_labelling_change_nothing(tmp_path, bench, stage, capsys):
-    assert bench.compare(bench.make_lab(tmp_path / "lab"), 20, 0, bench.STAGES[stage]())
+    assert bench.compare(bench.make_lab(tmp_path / "lab", bench.ROWS), 20, 0, bench.STAGES[stage]())
     assert capsys.readouterr().out.count("  kill ") == 20
 
 
