@@ -268,8 +268,8 @@ def _fit(settings: Settings, longest_tokens: int, run_folder: Path, begun: dict 
 def _check_fits(job: dict, run_folder: Path) -> None:
     """Raise PreflightError where this machine cannot train a job as it stands: every setting in it is yours, so none is changed."""
     values = {**job["training"], **lab_settings(job), "student_model": job["models"]["student"], "out_dir": job["training"]["output_dir"]}
-    longest = store.read_manifest(Path(job["dataset"]["labeled_path"]))["counts"]["longest"]
-    _fit(Settings(values, dict.fromkeys(values, "yours")), longest, run_folder)
+    counts = store.read_manifest(Path(job["dataset"]["labeled_path"])).get("counts", {})  # a file that was written by hand has none
+    _fit(Settings(values, dict.fromkeys(values, "yours")), counts.get("longest", values["max_length"]), run_folder)
 
 
 def _begun(run_folder: Path) -> dict:

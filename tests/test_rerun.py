@@ -328,10 +328,20 @@ STUDENT = REPOSITORY / "data" / "micro" / "student_system1"
 PLACES = {"preset": "micro_system1", "labeled_path": "rows.json", "out_dir": "out", "config_path": "job.json"}
 
 
+FORTY_ROWS = {
+    **PLACES,
+    "student_model": str(STUDENT),
+    "backend": "builtin",
+    "max_steps": 2,
+    "warmup_ratio": 0.0,
+    "sample_answers": 0,
+    "per_device_train_batch_size": 4,
+}
+
+
 def distil(**more) -> str:
     """`distill_system1` on forty rows for two steps, into `out`."""
-    settings = {"student_model": str(STUDENT), "backend": "builtin", "max_steps": 2, "warmup_ratio": 0.0, "sample_answers": 0}
-    return distill_system1({**PLACES, **settings, "per_device_train_batch_size": 4, **more})
+    return distill_system1({**FORTY_ROWS, **more})
 
 
 @pytest.fixture(scope="module")
@@ -386,14 +396,19 @@ def test_a_finished_training_is_not_done_again_on_a_machine_that_it_would_not_fi
 
 
 def test_a_job_file_is_refused_on_a_machine_that_it_would_not_fit_and_nothing_is_lost(trained, monkeypatch):
+    job = pipeline.write_system1_config(FORTY_ROWS)
     on_a_small_machine(monkeypatch)
-    job = str(next((trained / "runs").iterdir()) / "job.json")
     assert pipeline.run_easy_distill(job, backend="builtin").reused
     shutil.rmtree(trained / "out")
     stood = writings(trained)
     with pytest.raises(PreflightError, match="Training does not fit: it needs"):
         pipeline.run_easy_distill(job, backend="builtin", fresh=True)
     assert writings(trained) == stood
+    tokens = Path(store.read_json(job)["dataset"]["labeled_path"])
+    facts = {name: value for name, value in store.read_manifest(tokens).items() if name not in ("counts", "files", "stage")}
+    store.write_manifest(tokens, facts)
+    with pytest.raises(PreflightError, match="Training does not fit: it needs"):
+        pipeline.run_easy_distill(job, backend="builtin")
 
 
 def test_a_damaged_checkpoint_is_not_trained_anew_on_a_machine_that_the_training_would_not_fit(trained, monkeypatch):
