@@ -173,10 +173,8 @@ def check_seal(item: Item, files: dict, found: dict[str, dict]) -> None:
     if item.kind in SEALS:
         if SEALS[item.kind] not in files:
             raise SourceChanged(f"{item.place} is being removed")
-        seal = store.read_json(files[SEALS[item.kind]][0])
-        sealed = seal.get("files") if isinstance(seal, dict) else None
-        changed = [name for name, fact in sealed.items() if found.get(name) != fact] if isinstance(sealed, dict) else ["it lists no files"]
-        if changed:
+        sealed = store.read_seal(files[SEALS[item.kind]][0])["files"]
+        if changed := [name for name, fact in sealed.items() if found.get(name) != fact]:
             raise DataError(f"{store.shown(item.place)} is not what its manifest recorded ({changed[0]}): it is not copied.")
 
 

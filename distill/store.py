@@ -477,6 +477,18 @@ def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
     place = _manifest_place(resolve(target), name)
     if not is_file(place):
         return None
+    manifest = read_seal(place)
+    for relative, fact in manifest["files"].items():
+        file, fact = place.parent / relative, fact if isinstance(fact, dict) else {}
+        if not file.is_file() or file.stat().st_size != fact.get("bytes") or hash_file(file) != fact.get("sha256"):
+            raise DataError(
+                f"{shown(file)} is missing or is not what {shown(place)} recorded: its making was interrupted, or it was changed since."
+            )
+    return manifest
+
+
+def read_seal(place: Path) -> dict:
+    """What a manifest says, the files that it lists unread. Raises DataError where it is not as it was written."""
     manifest = read_json(place)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
@@ -486,12 +498,6 @@ def read_manifest(target: str | Path, *, name: str = MANIFEST) -> dict | None:
         raise DataError(f"{shown(place)} was changed since it was written.")
     if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise DataError(f"{shown(place)} is no manifest: it lists {shortened(outside[0], 60)}, which lies outside of its folder.")
-    for relative, fact in files.items():
-        file, fact = place.parent / relative, fact if isinstance(fact, dict) else {}
-        if not file.is_file() or file.stat().st_size != fact.get("bytes") or hash_file(file) != fact.get("sha256"):
-            raise DataError(
-                f"{shown(file)} is missing or is not what {shown(place)} recorded: its making was interrupted, or it was changed since."
-            )
     return manifest
 
 
