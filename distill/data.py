@@ -31,7 +31,7 @@ from .preparation import (
     write_prepared,
 )
 from .prompt import format_prompt, is_unicode, row_id, tokenizer_hash, trained_ids
-from .sources import Source, mix, parse_sources, provenance, settings_of
+from .sources import Source, check_prepared, mix, parse_sources, provenance, settings_of
 from .store import validation_path
 
 DISTILQWEN = "alibaba-pai/DistilQwen_100k"
@@ -208,11 +208,7 @@ def check_labeled(path: str | Path, system: str) -> int:
 
 def _check_manifest(path: Path) -> None:
     """Raise DataError unless a prepared file is as it was made, and the validation rows beside it are of the same preparation."""
-    try:
-        manifest = store.read_manifest(path)
-    except DataError as error:
-        raise DataError(f"{error} To keep changes of your own, remove its manifest.") from error
-    split = validation_path(path)
+    manifest, split = check_prepared(path), validation_path(path)
     if manifest and store.is_file(split) and split.name not in manifest["files"]:
         raise DataError(
             f"{store.shown(split)} is not recorded in the manifest of {store.shown(path)}: another preparation left it, or it was added "

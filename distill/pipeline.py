@@ -275,7 +275,11 @@ def _check_fits(job: dict, run_folder: Path) -> None:
 def _begun(run_folder: Path) -> dict:
     """What the machine of a run's earlier session had changed of the settings that decide the weights; empty where there was none."""
     plan = run_folder / "plan.json"
-    before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
+    try:
+        before = store.read_json(plan)["settings"] if store.is_file(plan) else {}
+    except DataError as error:
+        say(f"note: {error} So what an earlier machine had changed is not known; it is planned anew.")
+        before = {}
     changed = {name: setting["value"] for name, setting in before.items() if setting["origin"] == preflight.ORIGIN}
     return {name: value for name, value in changed.items() if name in preflight.LEARNT}
 

@@ -236,7 +236,7 @@ def _chosen(values: dict, origins: dict, changes: dict, asked: Need, need: Need,
         "batch": (f"{rows} × {passes}", reason("per_device_train_batch_size", "gradient_accumulation_steps")),
         "checkpointing": (values.get("gradient_checkpointing", False), reason("gradient_checkpointing")),
         "optimizer": (values.get("optim", DEFAULT_OPTIMIZER), reason("optim")),
-        "memory": (f"{need.gib:.1f} GiB of {machine.free}", f"{need.moment}, in GiB: {need.listed()}"),
+        "memory": (f"{need.gib:.1f} GiB of {machine.free}", f"in GiB, at its fullest ({need.moment}): {need.listed()}"),
     }
     if "learning_rate" in changes:
         rate = f"LoRA learns at about {LORA_LEARNING_RATE} times the rate of full fine-tuning; {origins['lora_rank']} took LoRA"

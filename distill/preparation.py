@@ -183,7 +183,9 @@ class Spool:
 
     def _read(self, query: str, values: tuple = ()) -> Iterator[tuple]:
         with _cannot_spool():  # reading makes room in memory by writing what has changed
-            yield from self._database.execute(query, values)
+            found = self._database.execute(query, values)
+            while (row := found.fetchone()) is not None:  # `yield from` would close the cursor, maybe of a database that is closed
+                yield row
 
     def add(self, row: dict, kind: str | None = None) -> bool:
         """Keep a row, of a kind that `trim` can ask for; False where its id is known already."""

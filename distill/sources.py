@@ -99,7 +99,7 @@ def settings_of(sources: list[Source]) -> dict:
 def contents(sources: list[Source]) -> dict:
     """What a stage reads, source by source: the hash of a local one's files, the commit of one on the hub, UNKNOWN where the hub is silent.
 
-    Raises ConfigError for a name that is neither here nor on the hub.
+    Raises ConfigError for a name that is neither here nor on the hub, DataError for a file of the lab's that was damaged or changed.
     """
     return {f"what {source.name} holds": _content(source.name) for source in sources}
 
@@ -108,6 +108,8 @@ def _content(name: str) -> str | None:
     files = local_files(name)
     if files:
         folder = store.resolve(name)
+        for file in files:
+            check_prepared(file)
         return store.hash_json([[str(file.relative_to(folder)), store.hash_file(file)] for file in files])
     try:
         return hub_revision(name)
@@ -185,6 +187,14 @@ def local_files(name: str) -> list[Path]:
     if path.suffix in (*JSON_SUFFIXES, ".parquet") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"{store.shown(path)} does not exist.")
     return []
+
+
+def check_prepared(path: Path) -> dict | None:
+    """The manifest of a file of rows; None where there is none. Raises DataError where the file is not as the lab made it."""
+    try:
+        return store.read_manifest(path)
+    except DataError as error:
+        raise DataError(f"{error} To keep changes of your own, remove its manifest.") from error
 
 
 def _require_train(source: Source, split: str) -> None:

@@ -213,6 +213,8 @@ def _open_session(run_folder: Path, known: dict, split: dict) -> Path | None:
     if found:
         session["steps"] = store.read_json(found / "trainer_state.json")["max_steps"]
         said.append(goes_on(session))
+    elif said:
+        said.append("the training begins anew, at step 0")
     for line in said:
         print(line)
     engine.emit(session={**session, "said": said})

@@ -371,6 +371,22 @@ def test_a_killed_labelling_goes_on_and_every_id_is_there_once(project, teacher,
     assert len(written) == 1400 and len({row["id"] for row in written}) == 1400 and store.read_manifest(project / "out.json")
 
 
+@pytest.mark.parametrize("damage", ["a bit", "its end"])
+def test_a_label_file_that_was_damaged_is_no_source(project, teacher, damage):
+    store.write_rows(project / "rows.json", [{"instruction": f"Tell me the parity of {number}."} for number in range(4320, 4340)])
+    label.label_file("rows.json", teacher, "labeled.json", max_new_tokens=12)
+    labeled = project / "labeled.json"
+    text = bytearray(labeled.read_bytes())
+    text[text.index(b"odd")] ^= 1
+    labeled.write_bytes(text if damage == "a bit" else labeled.read_bytes()[:-40])
+    places = {"out_labeled": "data/a.json", "out_instructions": "data/b.json"}
+    with pytest.raises(DataError, match=r"labeled\.json is missing or is not what .* recorded.* To keep changes of your own, remove"):
+        prepare_system1_dataset("train[:5]", source="labeled.json", **places)
+    (project / "labeled.json.manifest.json").unlink()
+    if damage == "a bit":
+        assert prepare_system1_dataset("train[:5]", source="labeled.json", **places).read == 5
+
+
 def test_a_file_is_labelled_with_its_validation_rows(project, teacher):
     store.write_rows(project / "rows.json", [{"instruction": "Tell me the parity of 4322.", "output": "no idea", "source": "mine"}])
     store.write_rows(project / "rows_validation.json", [{"instruction": "Tell me the parity of 4323."}])

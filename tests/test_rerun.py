@@ -411,6 +411,15 @@ def test_a_job_file_is_refused_on_a_machine_that_it_would_not_fit_and_nothing_is
         pipeline.run_easy_distill(job, backend="builtin")
 
 
+def test_a_plan_that_is_damaged_is_no_obstacle(trained, capsys):
+    (plan,) = (trained / "runs").glob("*/plan.json")
+    plan.write_text(plan.read_text()[:-9])
+    first = run_id(trained)
+    distil()
+    assert "So what an earlier machine had changed is not known" in capsys.readouterr().out and run_id(trained) == first
+    assert store.read_json(plan)["mode"] == "system1"
+
+
 def test_a_damaged_checkpoint_is_not_trained_anew_on_a_machine_that_the_training_would_not_fit(trained, monkeypatch):
     weights = trained / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
