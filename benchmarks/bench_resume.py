@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distill import answers, store  # noqa: E402
+from distill import store  # noqa: E402
 
 BY_THE_CLOCK = ("time", "train_runtime", "eval_runtime", "train_samples_per_second", "train_steps_per_second")
 BY_THE_CLOCK += ("eval_samples_per_second", "eval_steps_per_second")
@@ -199,8 +199,7 @@ def labeled(lab: Path) -> dict:
 def asked(lab: Path) -> Counter:
     """Question → how many answers of it stand in the journal, as it lies there."""
     lines = [line for journal in lab.glob("runs/labels/*.jsonl") for line in journal.read_bytes().splitlines(keepends=True)]
-    whole = [entry for line in lines if (entry := store._entry(line))]
-    return Counter(entry["id"] for entry in whole if entry["id"] != answers.MODEL)
+    return Counter(entry["id"] for _, entry in store.intact_lines(lines) if entry["id"] != store.MODEL)
 
 
 def trained(lab: Path) -> dict:

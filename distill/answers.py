@@ -21,9 +21,9 @@ from .generation import Answer, generate
 from .machine import teacher_settings
 from .models import bits_for, device, load_to_answer
 from .prompt import asked_ids
+from .store import MODEL
 
 FACTS = ("bits", "parameters", "weight_bytes", "device", "load_seconds", "versions")
-MODEL = "model"  # the journal's entry of what is known of the model itself
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 

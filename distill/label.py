@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import asking, models, stages, store
-from .answers import MODEL, answer_all, ask, in_bits_of_journal
+from .answers import answer_all, ask, in_bits_of_journal
 from .config import is_hub_name, model_name
 from .console import say
 from .endpoint import Endpoint, generation
 from .errors import ConfigError, DataError, shortened
 from .prompt import MODES, chat_format, format_prompt, is_trace, is_unicode, row_id, tokenizer_hash
+from .store import MODEL
 
 CUT_OFF, EMPTY = "an answer cut off at max_new_tokens", "an empty answer"
 NO_TRACE = "an answer that is not <think>…</think> and a solution"

@@ -268,7 +268,7 @@ def _fit(settings: Settings, longest_tokens: int, run_folder: Path, begun: dict 
 def _check_fits(job: dict, run_folder: Path) -> None:
     """Raise PreflightError where this machine cannot train a job as it stands: every setting in it is yours, so none is changed."""
     values = {**job["training"], **lab_settings(job), "student_model": job["models"]["student"], "out_dir": job["training"]["output_dir"]}
-    counts = store.read_manifest(Path(job["dataset"]["labeled_path"])).get("counts", {})  # a file that was written by hand has none
+    counts = store.read_manifest(Path(job["dataset"]["labeled_path"])).get("counts", {})  # none in one that the demo's controls changed
     _fit(Settings(values, dict.fromkeys(values, "yours")), counts.get("longest", values["max_length"]), run_folder)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from . import copies, items, rotation, store
 from .errors import DataError
 from .hub_cache import write_links
+from .store import MODEL
 
-MODEL = "model"  # the entry that says how all of a journal's answers were made
 SOURCES = "project/runs/sources"
 FIRST = ("published", "training")  # an ended training's checkpoints are of no use; a run's figures follow its checkpoints
 

@@ -24,6 +24,7 @@ READ_CHARS = 1 << 20
 MAX_NAME_BYTES = 255
 CHECK_DIGITS = 12
 SEAL = "manifest_sha256"
+MODEL = "model"  # id of the entry that says how all other answers of a journal were made
 _BLANKS = {" ", "\t", "\r", "\n"}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 

@@ -32,6 +32,20 @@ def trained(project, trained_once) -> Path:
     return shutil.copytree(trained_once, project, dirs_exist_ok=True)
 
 
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets the memory that is free, in GiB; returns what each look at it found."""
+    from distill.preflight import Machine
+
+    looks = []
+
+    def has(gib: float) -> list:
+        monkeypatch.setattr("distill.machine.this_machine", lambda: looks.append(gib) or Machine("this CPU", gib))
+        return looks
+
+    return has
+
+
 def run_id(project: Path) -> str:
     """The run that made the checkpoint at `out`."""
     from distill import store

@@ -16,7 +16,6 @@ from distill.compare import Comparison, compare_models, reasoning
 from distill.errors import BackendError, ConfigError
 from distill.evaluate import final_answer
 from distill.memory import Asking, asking_need
-from distill.preflight import Machine
 from distill.prompt import asked_ids
 from distill.shapes import find_shape
 
@@ -170,18 +169,6 @@ def test_a_model_that_fails_takes_no_other_down(asked, paths, monkeypatch, capsy
 
 
 # In which bits the teacher is asked
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """Sets the memory that is free, in GiB; returns what each look at it found."""
-    looks = []
-
-    def has(gib: float) -> list:
-        monkeypatch.setattr("distill.machine.this_machine", lambda: looks.append(gib) or Machine("this CPU", gib))
-        return looks
-
-    return has
 
 
 @pytest.fixture

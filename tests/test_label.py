@@ -15,7 +15,6 @@ from distill import answers, generation, label, models, store
 from distill.data import prepare_system1_dataset
 from distill.errors import BackendError, ConfigError, DataError, PreflightError
 from distill.memory import Asking, asking_need
-from distill.preflight import Machine
 from distill.prompt import asked_ids
 from distill.shapes import find_shape
 
@@ -38,8 +37,8 @@ def journals(project: Path) -> list[Path]:
 
 def ids_in(journal: Path) -> list[str]:
     # as it is: read_journal would mend it, under the hands of whoever writes
-    entries = [entry for line in journal.read_bytes().splitlines(keepends=True) if (entry := store._entry(line))]
-    return [entry["id"] for entry in entries if entry["id"] != answers.MODEL]
+    lines = journal.read_bytes().splitlines(keepends=True)
+    return [entry["id"] for _, entry in store.intact_lines(lines) if entry["id"] != store.MODEL]
 
 
 # Loading
@@ -231,18 +230,6 @@ def test_other_bits_or_other_files_are_another_teacher(teacher, tmp_path):
 
 
 PARITY = [f"Tell me the parity of {number}." for number in range(4320, 4324)]
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """Sets the memory that is free: figures in GiB; returns how often it was asked for."""
-    asked = []
-
-    def has(gib: float) -> list:
-        monkeypatch.setattr("distill.machine.this_machine", lambda: asked.append(gib) or Machine("this CPU", gib))
-        return asked
-
-    return has
 
 
 def needs_gib(teacher: str, bits: int) -> float:
