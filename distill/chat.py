@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import generation, models, store
-from .compare_page import visible
 from .config import is_hub_name, model_name
-from .console import say
+from .console import say, visible
 from .errors import ConfigError
 from .models import RUN_RECORD
 from .prompt import MODES, asked_ids

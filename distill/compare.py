@@ -10,7 +10,7 @@ from pathlib import Path
 from . import answers, compare_page, models, prompt, store
 from .compare_page import TITLES
 from .config import is_hub_name, model_name
-from .console import console, in_notebook, say
+from .console import console, in_notebook, say, visible
 from .errors import BackendError, ConfigError, DistillError, shortened
 from .evaluate import final_answer
 
@@ -204,7 +204,7 @@ def _check_model(column: _Column):
 
 
 def _say_left_out(column: _Column, error: DistillError) -> str:
-    say(compare_page.visible(str(error)))
+    say(visible(str(error)))
     say(f"The comparison goes on without the {TITLES[column.role]}.")
     return str(error)
 

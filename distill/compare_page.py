@@ -13,6 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .console import visible
+
 TITLES = {"teacher": "Teacher", "system1": "System-1 student", "system2": "System-2 student"}
 MODE_TITLES = {"system1": "System 1, asked for the answer at once", "system2": "System 2, asked to reason first"}
 SUMMARY = ("model", "parameters", "stopped", "tokens", "tokens/s", "seconds")
@@ -23,25 +25,7 @@ NOTE = (
 SIDE_BY_SIDE_CELLS = 120
 REASONING_LINES = 8
 
-_LINE_ENDS = re.compile("\r\n|[\u0085\u2028\u2029]")
-# C0 without tab and line feed, DEL, C1, and what embeds, overrides or isolates a writing direction
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#|~$&!])")
-
-
-def visible(text: str) -> str:
-    """Text with a sign in place of every character that would act on a terminal or a page instead of being seen.
-
-    >>> visible("a\\x1b[31m")
-    'a␛[31m'
-    """
-    return _UNSEEN.sub(lambda found: _sign(ord(found[0])), _LINE_ENDS.sub("\n", text))
-
-
-def _sign(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 # What all pages show

@@ -1,5 +1,6 @@
 """What the lab says while it works: plain lines, tables and one progress bar, all through one console."""
 
+import re
 import sys
 import threading
 import time
@@ -14,6 +15,10 @@ from rich.table import Table
 
 NOTEBOOK_COLUMNS = 110
 NOTEBOOK_SECONDS = 0.5  # between two drawings of a bar
+
+_LINE_ENDS = re.compile("\r\n|[\u0085\u2028\u2029]")
+# C0 without tab and line feed, DEL, C1, and what embeds, overrides or isolates a writing direction
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def in_notebook() -> bool:
@@ -34,6 +39,21 @@ def on_stderr(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         console.stderr = before
+
+
+def visible(text: str) -> str:
+    """Text with a sign in place of every character that would act on a terminal or a page instead of being seen.
+
+    >>> visible("a\\x1b[31m")
+    'a␛[31m'
+    """
+    return _UNSEEN.sub(lambda found: _sign(ord(found[0])), _LINE_ENDS.sub("\n", text))
+
+
+def _sign(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 def say(text: str = "", end: str = "\n") -> None:

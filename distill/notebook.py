@@ -16,9 +16,8 @@ from pathlib import Path
 from . import answers, environment, generation, models, persist, prompt, store
 from .choice import Choice, Wanted, choose
 from .compare import reasoning
-from .compare_page import visible
 from .config import model_name
-from .console import say
+from .console import say, visible
 from .easydistill import setup_easydistill
 from .errors import ConfigError, DataError
 from .evaluate import final_answer

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 
 from . import console, engine, store
-from .compare_page import visible
 from .config import Settings, is_hub_name, resolve
+from .console import visible
 from .errors import ConfigError, PreflightError, did_you_mean
 from .machine import ANSWER_TOKENS, QUESTION_TOKENS, disks_of, download_bytes, this_machine
 from .memory import Asking

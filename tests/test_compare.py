@@ -11,8 +11,9 @@ from markdown_it import MarkdownIt
 from rich.cells import cell_len
 from rich.console import Console
 
-from distill import answers, compare_page, generation, models, store
+from distill import answers, compare_page, console, generation, models, store
 from distill.compare import Comparison, compare_models, reasoning
+from distill.console import visible
 from distill.errors import BackendError, ConfigError
 from distill.evaluate import final_answer
 from distill.memory import Asking, asking_need
@@ -349,10 +350,10 @@ def test_its_repr_is_one_short_line():
 
 def test_what_acts_on_a_terminal_or_a_page_is_made_visible():
     acting = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))]
-    shown = compare_page.visible("".join(acting))
+    shown = visible("".join(acting))
     assert [letter for letter in shown if letter in acting] == ["\t", "\n", "\n"]  # U+0085 ends a line
-    assert compare_page.visible("\x1b[31m \x7f \u202e \x9b a\r\nb\u2028c") == "␛[31m ␡ ⟨U+202E⟩ ⟨U+009B⟩ a\nb\nc"
-    assert compare_page.visible("Ünï 漢字 مرحبا \u200fשלום 👩‍💻") == "Ünï 漢字 مرحبا \u200fשלום 👩‍💻"
+    assert visible("\x1b[31m \x7f \u202e \x9b a\r\nb\u2028c") == "␛[31m ␡ ⟨U+202E⟩ ⟨U+009B⟩ a\nb\nc"
+    assert visible("Ünï 漢字 مرحبا \u200fשלום 👩‍💻") == "Ünï 漢字 مرحبا \u200fשלום 👩‍💻"
 
 
 class _Page(HTMLParser):
@@ -384,7 +385,7 @@ OWN_TAGS = set("div style h2 h3 p ul li table tr th td details summary em".split
 def test_html_shows_hostile_text_as_text():
     page = _Page(comparison([*HOSTILE, LINE])._repr_html_())
     assert {tag for tag, _ in page.tags} <= OWN_TAGS
-    wanted = {compare_page.visible(text).strip() for text in [*HOSTILE, LINE]}
+    wanted = {visible(text).strip() for text in [*HOSTILE, LINE]}
     assert {block.strip() for block in page.blocks} == wanted
     # per text: two prompts, the teacher's two answers, System 1's, System 2's reasoning and answer
     assert len(page.blocks) == 7 * (len(HOSTILE) + 1)
@@ -416,7 +417,7 @@ def test_html_folds_the_reasoning_and_lets_every_text_choose_its_direction():
 def test_markdown_shows_hostile_text_as_text():
     tokens = MarkdownIt("commonmark").enable("table").parse(comparison([*HOSTILE, LINE]).to_markdown())
     fences = [token.content.rstrip("\n") for token in tokens if token.type == "fence"]
-    assert set(fences) == {compare_page.visible(text) for text in [*HOSTILE, LINE]} and len(fences) == 7 * (len(HOSTILE) + 1)
+    assert set(fences) == {visible(text) for text in [*HOSTILE, LINE]} and len(fences) == 7 * (len(HOSTILE) + 1)
     kinds = {token.type for token in tokens} | {child.type for token in tokens for child in token.children or []}
     assert not kinds & {"html_block", "html_inline", "link_open", "image", "code_inline", "code_block"}
     outside = "".join(token.content for token in tokens if token.type == "inline")
@@ -442,7 +443,7 @@ def test_no_line_is_wider_than_the_terminal(width):
 def test_terminal_text_is_neither_markup_nor_control():
     shown = printed(comparison(), 80, colour=True)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    assert not compare_page._UNSEEN.search(plain)
+    assert not console._UNSEEN.search(plain)
     assert "\x1b[2J" not in shown and "\x1b]8" not in shown
     assert "[red]not red[/red] [link=http://evil.example]x[/link]" in plain and "␛[2J␛]0;title␇ a␍b ⟨U+009B⟩31m ␡ ␀" in plain
 

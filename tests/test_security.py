@@ -19,6 +19,7 @@ from openai_server import OpenAIServer
 
 from distill import compare, compare_page, data, easydistill, label, models, notebook, pipeline, store, traces
 from distill.cli import main
+from distill.console import visible
 from distill.endpoint import Endpoint
 from distill.errors import ConfigError, DataError, DistillError
 
@@ -456,7 +457,7 @@ def test_a_page_shows_text_as_text(surface, payload):
     assert page.tags == plain.tags and page.attributes == plain.attributes
     # a training row marks its line breaks
     shown = page.text.replace("⏎", "")
-    assert compare_page.visible(payload) in shown
+    assert visible(payload) in shown
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u2028\u2029\x00\x1b]", shown)
 
 
