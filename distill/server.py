@@ -30,11 +30,13 @@ MODULES = {LIGHT: "transformers.cli.transformers", HEAVY: "vllm.entrypoints.cli.
 
 
 @contextmanager
-def serving(model: str, log: Path) -> Iterator["Server"]:
+def serving(model: str, log: Path, *, port: int = 0, **place: str) -> Iterator["Server"]:
     """Serve a model while the block runs.
 
     model  a folder, or a name on the hub
     log    file that gets everything the server prints
+    port   0: a free one
+    place  "host", the address that it listens at, and "name", what the model is called there; HOST and SERVED by default
     Raises BackendError with the log's end where the server cannot be started, PreflightError where the model does not fit.
     """
     check_served(model)
@@ -43,9 +45,9 @@ def serving(model: str, log: Path) -> Iterator["Server"]:
     folder = log.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
     try:
-        link_model(model, folder / SERVED)
+        link_model(model, folder / place.get("name", SERVED))
         with open(log, "w", encoding="utf-8") as output:
-            server = Server(kind, model, device, folder, output)
+            server = Server(kind, model, device, folder, output, port, place)
             try:
                 server.ensure()
                 yield server
@@ -90,10 +92,10 @@ def choose() -> tuple[str, str, str]:
     return HEAVY, f"a GPU is visible, and vllm {found['optional']['vllm']} is installed", "cuda"
 
 
-def command(kind: str, device: str, port: int) -> list[str]:
+def command(kind: str, device: str, port: int, *, host: str = HOST, name: str = SERVED) -> list[str]:
     """What starts a server, in a working folder that holds the model."""
     python = environment.engine_python()[0]
-    start = [python, "-m", MODULES[kind], "serve", SERVED, "--host", HOST, "--port", str(port)]
+    start = [python, "-m", MODULES[kind], "serve", name, "--host", host, "--port", str(port)]
     if kind == HEAVY:
         return start
     return [*start, "--device", device, "--dtype", "float32" if device == "cpu" else "auto"]
@@ -102,9 +104,9 @@ def command(kind: str, device: str, port: int) -> list[str]:
 class Server:
     """A server under the lab's care. `ensure` before each use; its address may be another one after that."""
 
-    def __init__(self, kind: str, model: str, device: str, folder: Path, output: IO) -> None:
-        self.kind, self.model, self.model_id = kind, model, SERVED
-        self._device, self._folder, self._output = device, folder, output
+    def __init__(self, kind: str, model: str, device: str, folder: Path, output: IO, port: int, place: dict) -> None:
+        self.kind, self.model, self.model_id = kind, model, place.get("name", SERVED)
+        self._device, self._folder, self._output, self._fixed_port, self._place = device, folder, output, port, place
         self._child: Popen | None = None
         self._port = self._starts = 0
 
@@ -144,8 +146,8 @@ class Server:
 
     def _start(self) -> None:
         self._starts += 1
-        self._port = _free_port()
-        child_command = command(self.kind, self._device, self._port)
+        self._port = self._fixed_port or _free_port()
+        child_command = command(self.kind, self._device, self._port, **self._place)
         self._child = process.start(child_command, cwd=self._folder, env=_environment(), output=self._output)
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
