@@ -13,11 +13,12 @@ from distill.easydistill import setup_easydistill
 from distill.endpoint import Endpoint
 from distill.environment import setup_engine
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
+from distill.evaluate import evaluate_student
 from distill.generation import infer_student
 from distill.judge import judge
 from distill.label import label_with_teacher
 from distill.models import load_student, load_teacher
-from distill.notebook import ask_student, choose_models, plot_loss, setup_lab, show_memory, show_training_row, trace_arguments
+from distill.notebook import ask_student, choose_models, plot_loss, prepare_heldout, setup_lab, show_memory, show_training_row, trace_arguments
 from distill.own_traces import write_traces
 from distill.persist import persist_to, wait_for_copies
 from distill.pipeline import distill_system1, distill_system2, run_easy_distill, write_system1_config, write_system2_config
@@ -45,6 +46,7 @@ __all__ = [
     "distill_system1",
     "distill_system2",
     "doctor",
+    "evaluate_student",
     "format_prompt",
     "infer_student",
     "judge",
@@ -54,6 +56,7 @@ __all__ = [
     "persist_to",
     "plan",
     "plot_loss",
+    "prepare_heldout",
     "prepare_system1_dataset",
     "prepare_system2_dataset",
     "run_easy_distill",

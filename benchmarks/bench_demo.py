@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill import store  # noqa: E402
 from distill.console import say  # noqa: E402
 from distill.demo import margin, retained, run_demo  # noqa: E402
-from distill.evaluate import mean_exact_match  # noqa: E402
 from distill.microlab import SYSTEM1_FAMILIES, SYSTEM2_FAMILIES  # noqa: E402
+from distill.scores import mean_exact_match  # noqa: E402
 
 REPORTS = store.ROOT / "reports" / "bench-demo"
 

@@ -21,7 +21,8 @@ from distill import easydistill, launch, store, train  # noqa: E402
 from distill.answers import ask  # noqa: E402
 from distill.console import say  # noqa: E402
 from distill.data import prepare_system1_dataset  # noqa: E402
-from distill.evaluate import final_answer, wilson  # noqa: E402
+from distill.intervals import wilson  # noqa: E402
+from distill.metrics import final_answer  # noqa: E402
 from distill.microlab import MAX_NEW_TOKENS, MICRO  # noqa: E402
 from distill.microtasks import FAMILIES, phrase, question_of, sample_questions  # noqa: E402
 from distill.pipeline import write_system1_config, write_system2_config  # noqa: E402

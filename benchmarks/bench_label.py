@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill import engine, generation, models, store  # noqa: E402
 from distill.answers import answer_all  # noqa: E402
 from distill.console import say  # noqa: E402
-from distill.evaluate import exact_match, mean_exact_match, wilson  # noqa: E402
+from distill.intervals import wilson  # noqa: E402
 from distill.microlab import MAX_NEW_TOKENS, MICRO  # noqa: E402
 from distill.prompt import asked_ids  # noqa: E402
+from distill.scores import exact_match, mean_exact_match  # noqa: E402
 
 TEACHER = str(MICRO / "teacher")
 LOOP_BATCH = 2

@@ -10,8 +10,10 @@ from .data import DISTILQWEN
 from .endpoint import PROMPTS, Endpoint
 from .errors import ConfigError, did_you_mean
 from .generation import MAX_NEW_TOKENS
+from .microlab import MAX_NEW_TOKENS as MICRO_TOKENS
 from .microlab import MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from .selection import HIGHEST, LOWEST
+from .sources import following
 from .traces import OMNITHOUGHT
 
 MICRO_WORLD_CHOICES = ("auto", "yes", "no")
@@ -27,6 +29,9 @@ MICRO_QUESTIONS = {
 }
 # Through a server on a CPU a few questions a second are answered; so many show the way.
 MICRO_ASKED = {"system1": 200, "system2": 60}
+HELDOUT_ROWS = {False: 100, True: 200}  # questions that each system is examined with
+HELDOUT_TRACES = 5  # source rows read for each of System 2's: not every one has a trace that can be used
+MICRO_EVALUATION = {False: {"limit": 200, "speed_runs": 6}, True: {"limit": None, "speed_runs": 20}}
 MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
 
 
@@ -74,6 +79,9 @@ class Choice:
     judge                       who scores these traces first, where the form's windows need their RV and CD; None where nobody
     system1, system2            settings of distill_system1 and distill_system2
     compare                     arguments of compare_models, without the students' paths
+    heldout                     mode → a file of held-out questions, or the arguments of the preparation that makes one; None: those
+                                validation rows that each student's data were split off
+    evaluation                  arguments of evaluate_student, without students and questions
     questions                   mode → a question to try the student with
     notes                       what a user should be told
     """
@@ -85,6 +93,8 @@ class Choice:
     system1: dict
     system2: dict
     compare: dict
+    heldout: dict | None
+    evaluation: dict
     questions: dict
     notes: tuple[str, ...]
 
@@ -157,9 +167,24 @@ def _qwen(wanted: Wanted, gpu: bool, reason: str) -> Choice:
         system1=_settings(wanted, "system1", wanted.teacher_model, wanted.student_system1) | {"num_epochs": epochs[0]},
         system2=_settings(wanted, "system2", wanted.teacher_model, wanted.student_system2) | {"num_epochs": epochs[1]},
         compare={"prompts": prompts, "teacher_path": wanted.teacher_model, "max_tokens_teacher": MAX_NEW_TOKENS["system2"]},
+        heldout=_heldout(wanted),
+        evaluation={"teacher": wanted.teacher_model, "limit": HELDOUT_ROWS[wanted.full_run]},
         questions=dict.fromkeys(("system1", "system2"), prompts[0] if isinstance(prompts[0], str) else prompts[0]["prompt"]),
         notes=tuple(notes),
     )
+
+
+def _heldout(wanted: Wanted) -> dict | None:
+    """What makes held-out questions of the source rows that follow each training's; None where one reads to its source's end."""
+    rows = HELDOUT_ROWS[wanted.full_run]
+    first, second = following(wanted.slice_system1, rows), following(wanted.slice_system2, HELDOUT_TRACES * rows)
+    if not (first and second):
+        return None
+    own = {"rows": rows, "validation": 0}
+    return {
+        "system1": {"slice_str": first, **own},
+        "system2": {"slice_str": second, "student_model": wanted.student_system2, **own},
+    }
 
 
 def _micro(wanted: Wanted, reason: str) -> Choice:
@@ -176,6 +201,8 @@ def _micro(wanted: Wanted, reason: str) -> Choice:
         system1=_settings(wanted, "micro_system1", names["teacher"], names["student_system1"]),
         system2=_settings(wanted, "micro_system2", names["teacher"], student2),
         compare={"prompts": prompts, "teacher_path": names["teacher"]},
+        heldout=dict.fromkeys(("system1", "system2"), str(MICRO / "heldout.jsonl")),
+        evaluation={"teacher": names["teacher"], "max_new_tokens": MICRO_TOKENS, **MICRO_EVALUATION[wanted.full_run]},
         questions={mode: next(one["prompt"] for one in prompts if mode in one["modes"]) for mode in ("system1", "system2")},
         notes=tuple(_micro_notes(wanted, reason, names, sources)),
     )

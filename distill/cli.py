@@ -6,7 +6,10 @@ import sys
 
 from . import console, store
 from .cli_data import DATA_COMMANDS, add_fresh, add_judge, read_list
+from .cli_evaluate import add_evaluate
 from .cli_plan import add_plan
+from .cli_publish import PUBLISH_COMMANDS
+from .cli_runs import RUN_COMMANDS
 from .errors import BackendError, ConfigError, DistillError
 
 DESCRIPTION = "Turn a big Qwen teacher into a small student. Start with `demo`: it needs no GPU, no network and no model hub."
@@ -16,6 +19,7 @@ EPILOG = """examples:
   python distill_app.py system1 --set student_model=Qwen/Qwen2.5-0.5B-Instruct --set num_epochs=1
   python distill_app.py prepare-system2 --rows 2000 --rv-max 5 && python distill_app.py system2
   python distill_app.py compare "Why is the sky blue?"
+  python distill_app.py evaluate ./distilled-qwen2.5-0.5b ./distilled-qwen2.5-1.5b-cot --questions heldout.jsonl
   python distill_app.py chat ./distilled-qwen2.5-1.5b-cot
 """
 SYSTEMS = {"system1": "System-1 student (answers at once)", "system2": "System-2 student (reasons first)"}
@@ -48,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="distill_app.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    models = [_add_system1, _add_system2, _add_compare, add_judge, _add_chat]
+    models = [_add_system1, _add_system2, _add_compare, add_evaluate, add_judge, _add_chat, *PUBLISH_COMMANDS, *RUN_COMMANDS]
     for add in (_add_demo, *DATA_COMMANDS, add_plan, *models, _add_doctor, _add_setup_easydistill, _add_build_micro):
         add(commands).add_argument(
             "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"

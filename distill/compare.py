@@ -12,7 +12,7 @@ from .compare_page import TITLES
 from .config import is_hub_name, model_name
 from .console import console, in_notebook, say, visible
 from .errors import BackendError, ConfigError, DistillError, shortened
-from .evaluate import final_answer
+from .metrics import final_answer, reasoning
 
 # Who is asked in which mode.
 ROLE_MODES = {"teacher": prompt.MODES, "system1": ("system1",), "system2": ("system2",)}
@@ -274,16 +274,3 @@ def _measured(answer: dict) -> dict:
     pace = answer["tokens"] / answer["seconds"] if answer["seconds"] else None
     parts = {"text": answer["text"], "reasoning": reasoning(answer["text"]), "final": final_answer(answer["text"])}
     return parts | {"tokens": answer["tokens"], "seconds": answer["seconds"], "tokens_per_second": pace, "stopped": answer["stopped"]}
-
-
-def reasoning(text: str) -> str:
-    """What an answer thinks before it says it: the text up to its last `</think>`, without tags; all of it where that never comes.
-
-    >>> reasoning("<think>\\n2 + 2 = 4\\n</think>\\n\\n4")
-    '2 + 2 = 4'
-    """
-    opened, closed = prompt.REASONING_TAGS
-    if closed not in text and opened not in text:
-        return ""
-    thought = text.rpartition(closed)[0] if closed in text else text
-    return thought.strip().removeprefix(opened).strip()

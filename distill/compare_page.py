@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import visible
+from .report_markdown import fenced, plain
 
 TITLES = {"teacher": "Teacher", "system1": "System-1 student", "system2": "System-2 student"}
 MODE_TITLES = {"system1": "System 1, asked for the answer at once", "system2": "System 2, asked to reason first"}
@@ -25,7 +26,6 @@ NOTE = (
 SIDE_BY_SIDE_CELLS = 120
 REASONING_LINES = 8
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#|~$&!])")
 
 
 # What all pages show
@@ -114,32 +114,22 @@ def _reasoning_size(answer: dict) -> str:
 def markdown(facts: dict) -> str:
     """The whole comparison as Markdown; texts stand in fences longer than any run of backticks in them."""
     lines = [f"# {headline(facts)}", "", f"| {' | '.join(SUMMARY)} |", f"| --- |{' ---: |' * (len(SUMMARY) - 1)}"]
-    lines += [f"| {' | '.join(map(_plain, row))} |" for row in summary_rows(facts)]
+    lines += [f"| {' | '.join(map(plain, row))} |" for row in summary_rows(facts)]
     lines += ["", NOTE, ""]
-    lines += [f"- {_plain(_model_line(column))}" for column in facts["columns"]]
+    lines += [f"- {plain(_model_line(column))}" for column in facts["columns"]]
     for role, message in facts["missing"].items():
-        lines += ["", f"{TITLES[role]}, left out:", "", _fenced(_brief(message))]
+        lines += ["", f"{TITLES[role]}, left out:", "", fenced(_brief(message))]
     for title, text, answers in _sections(facts):
-        lines += ["", f"## {title}", "", _fenced(text)]
+        lines += ["", f"## {title}", "", fenced(text)]
         for answer in answers:
             lines += ["", f"### {TITLES[answer['role']]}", "", _answer_line(answer), "", *_markdown_answer(answer)]
-    return "\n".join([*lines, "", _plain(_made_line(facts)), ""])
+    return "\n".join([*lines, "", plain(_made_line(facts)), ""])
 
 
 def _markdown_answer(answer: dict) -> list[str]:
-    reasoning = [f"{_reasoning_size(answer)}:", "", _fenced(visible(answer["reasoning"])), ""] if answer["reasoning"] else []
+    reasoning = [f"{_reasoning_size(answer)}:", "", fenced(visible(answer["reasoning"])), ""] if answer["reasoning"] else []
     text, own = _final(answer)
-    return [*reasoning, _fenced(text) if own else f"*({text})*"]
-
-
-def _fenced(text: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _plain(text: str) -> str:
-    """One line of Markdown in which no character is markup."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+    return [*reasoning, fenced(text) if own else f"*({text})*"]
 
 
 # HTML

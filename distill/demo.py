@@ -1,7 +1,7 @@
 """`make demo`: the whole job on the micro world, with controls, scored on held-out questions.
 
-The same code path as on Colab, with other names: prepare, label, distil both students, score, compare. Controls say what the scores mean;
-each differs from a student in one thing (`CONTROLS`).
+The same code path as on Colab, with other names: prepare, label, distil both students, score, compare, report. Controls say what
+the scores mean; each differs from a student in one thing (`CONTROLS`).
 """
 
 import random
@@ -14,15 +14,19 @@ from .compare import compare_models
 from .console import quiet, say, table
 from .data import prepare_system1_dataset, validation_path
 from .errors import DataError
-from .evaluate import final_answer, mean_exact_match, score
+from .evaluate import evaluate_student
+from .metrics import final_answer
 from .microlab import MAX_NEW_TOKENS, MICRO, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from .microtasks import FAMILIES, question_of
 from .models import RUN_RECORD
 from .pipeline import run_easy_distill, write_system1_config, write_system2_config
+from .report import Evaluation
+from .scores import mean_exact_match, score
 from .traces import prepare_system2_dataset
 
 WORK = store.ROOT / "runs" / "demo"
-REPORT = store.ROOT / "reports" / "demo" / "report.json"
+REPORTS = store.ROOT / "reports" / "demo"
+HELDOUT = MICRO / "heldout.jsonl"
 TEACHER = str(MICRO / "teacher")
 # What each control changes, and by that tells.
 CONTROLS = {
@@ -37,12 +41,12 @@ CONTROLS = {
 REASONING_ROWS = 1500
 RELABELED_ROWS = 1000
 BATCH_TOKENS = 65_536  # models this small have room for it
-STUDENT_TOKENS = 150  # of an answer of System 2; twice the longest that it is taught
+SPEED_RUNS = 10
 RV_MAX = 2  # students of this size learn from terse steps
 
 
 def run_demo(seed: int = 0, *, fresh: bool = False) -> dict:
-    """Distil the micro teacher into both students, with controls. Returns the report and writes it to `reports/demo/`.
+    """Distil the micro teacher into both students, with controls. Returns the report, which lies in `reports/demo/`.
 
     seed   of the validation split, the data order and the training
     fresh  do everything anew; else what an earlier run finished stays, and what it left unfinished goes on
@@ -61,11 +65,11 @@ def _run(seed: int, fresh: bool, started: float) -> dict:
     say(f"\nTraining {len(jobs)} students: the two, and {len(CONTROLS)} controls")
     trained = engine.in_parallel([lambda job=job: run_easy_distill(job, fresh=fresh) for job in jobs.values()])
     checkpoints = {name: result.checkpoint for name, result in zip(jobs, trained, strict=True)}
-    report = _report(checkpoints, labeled, seed, fresh)
-    store.write_json(REPORT, report)
+    evaluation = _evaluate(checkpoints, _score(checkpoints, fresh), labeled, seed, fresh)
     _compare(checkpoints, fresh)
-    _show(report)
-    say(f"{time.monotonic() - started:.0f} s in all. Report: {store.shown(REPORT)}")
+    _show(report := evaluation.to_dict())
+    evaluation.show()
+    say(f"{time.monotonic() - started:.0f} s in all. Report: {store.shown(REPORTS)}/report.html, .md and .json")
     return report
 
 
@@ -193,32 +197,85 @@ def _truncate(job: str) -> str:
     return job
 
 
-def _report(checkpoints: dict, labeled: Path, seed: int, fresh: bool) -> dict:
-    """Score everything: System 1 on all families, asked plainly; System 2 on the reasoning families, asked to reason."""
+def _score(checkpoints: dict, fresh: bool) -> dict:
+    """Exact match of every student and control: System 1's on all families, asked plainly; System 2's on the reasoning families."""
     plainly = {"before1": str(MICRO / "student_system1")} | {
         name: checkpoints[name] for name in ("system1", "shuffled_labels", "gold_labels", "bare_answers")
     }
     reasoning = {"before2": str(MICRO / "student_system2")} | {
         name: checkpoints[name] for name in ("system2", "wrong_traces", "truncated_traces")
     }
-    models = [{"name": "teacher", "path": TEACHER, "mode": None}]
-    models += [{"name": name, "path": path, "mode": "system1"} for name, path in plainly.items()]
-    scores = score(models, MICRO / "heldout.jsonl", WORK, MAX_NEW_TOKENS, BATCH_TOKENS, fresh=fresh)
+    models = [{"name": name, "path": path, "mode": "system1"} for name, path in plainly.items()]
+    scores = score(models, HELDOUT, WORK, MAX_NEW_TOKENS, BATCH_TOKENS, fresh=fresh)
     questions = WORK / "data" / "heldout_system2.jsonl"
-    store.write_jsonl(questions, [row for row in store.read_rows(MICRO / "heldout.jsonl") if row["system"] == 2])
+    store.write_jsonl(questions, [row for row in store.read_rows(HELDOUT) if row["system"] == 2])
     models = [{"name": name, "path": path, "mode": "system2"} for name, path in reasoning.items()]
-    scores |= score(models, questions, WORK, {"system2": STUDENT_TOKENS}, BATCH_TOKENS, fresh=fresh)
+    return scores | score(models, questions, WORK, MAX_NEW_TOKENS, BATCH_TOKENS, fresh=fresh)
+
+
+def _evaluate(checkpoints: dict, scores: dict, labeled: Path, seed: int, fresh: bool) -> Evaluation:
+    """The report: teacher, students before and after, and the controls; `report.json` holds the demo's own figures too."""
+    chance = _chance(labeled)
+    evaluation = evaluate_student(
+        *[checkpoints[system] for system in ("system1", "system2")],
+        teacher=TEACHER,
+        questions=HELDOUT,
+        teacher_bits=32,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_tokens=BATCH_TOKENS,
+        seed=seed,
+        speed_runs=SPEED_RUNS,
+        out=REPORTS,
+        extras=_control_tables(scores, chance),
+        fresh=fresh,
+    ).to_dict()
+    made = Evaluation({**evaluation, **_figures(checkpoints, scores, evaluation, chance, seed), "command": "make demo"})
+    made.save(REPORTS)
+    return made
+
+
+def _figures(checkpoints: dict, scores: dict, evaluation: dict, chance: dict, seed: int) -> dict:
+    """The demo's own figures: exact match by family of all models, controls among them."""
+    teacher = evaluation["models"]["teacher"]
+    families = {family: found for quality in teacher["quality"].values() for family, found in quality["families"].items()}
     runs = {system: store.read_json(Path(checkpoints[system]) / RUN_RECORD) for system in ("system1", "system2")}
     return {
-        "teacher": scores["teacher"],
+        "teacher": {"parameters": teacher["parameters"], "exact_match": families},
         "system1": {"before": scores["before1"], "after": scores["system1"]},
         "system2": {"before": scores["before2"], "after": scores["system2"]},
         "controls": {control: scores[control] for control in CONTROLS},
-        "chance": _chance(labeled),
-        "versions": runs["system1"]["versions"],
+        "chance": chance,
+        "versions": {**evaluation["versions"], **runs["system1"]["versions"]},
         "backend": runs["system1"]["backend"],
         "train_seconds": {system: run["metrics"]["train_seconds"] for system, run in runs.items()},
         "seed": seed,
+    }
+
+
+def _control_tables(scores: dict, chance: dict) -> list[dict]:
+    """The controls beside the students, a table for each system."""
+    first = {"student": "system1", "taught exact answers": "gold_labels", "shuffled answers": "shuffled_labels"}
+    second = {"student": "system2", "bare answers": "bare_answers", "wrong traces kept": "wrong_traces", "traces cut": "truncated_traces"}
+    return [
+        _control_table("System 1", SYSTEM1_FAMILIES, {name: scores[key] for name, key in first.items()}, chance),
+        _control_table("System 2", SYSTEM2_FAMILIES, {name: scores[key] for name, key in second.items()}, None),
+    ]
+
+
+def _control_table(system: str, families: list[str], columns: dict, chance: dict | None) -> dict:
+    rows = []
+    for family in families:
+        found = [columns[name]["exact_match"][family] for name in columns]
+        values = [f"{one['value']:.3f} ({one['ci'][0]:.2f} to {one['ci'][1]:.2f})" for one in found]
+        rows.append([family, *values, *([f"{chance[family]:.3f}"] if chance else [])])
+    n = found[0]["n"]
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in CONTROLS.items() if meaning.startswith(system))
+    note = f"Exact match on {n} held-out questions a family, with its 95% interval. {meanings}."
+    return {
+        "title": f"Controls of {system}",
+        "note": note + (" chance: always the family's commonest answer." if chance else ""),
+        "columns": ["family", *columns, *(["chance"] if chance else [])],
+        "rows": rows,
     }
 
 
@@ -233,7 +290,7 @@ def _chance(labeled: Path) -> dict:
 def _compare(checkpoints: dict, fresh: bool) -> None:
     """Teacher and students side by side on the first held-out question of some families."""
     first = {}
-    for row in store.read_rows(MICRO / "heldout.jsonl"):
+    for row in store.read_rows(HELDOUT):
         first.setdefault(row["family"], {"prompt": row["instruction"], "modes": [f"system{row['system']}"]})
     prompts = [first["reverse"], first["count_even"], {**first["add"], "modes": ["system1", "system2"]}, first["multiply"]]
     limits = dict.fromkeys(("max_tokens_teacher", "max_tokens_sys2"), MAX_NEW_TOKENS["system2"])
@@ -254,31 +311,14 @@ def margin(report: dict) -> float:
 
 
 def _show(report: dict) -> None:
-    system1, controls = report["system1"], report["controls"]
-    columns = {"before": system1["before"], "student": system1["after"]}
-    columns |= {"gold": controls["gold_labels"], "shuffled": controls["shuffled_labels"]}
-    _show_families("System 1", SYSTEM1_FAMILIES, columns, report, report["chance"])
-    columns = {"before": report["system2"]["before"], "student": report["system2"]["after"], "bare": controls["bare_answers"]}
-    columns |= {"wrong": controls["wrong_traces"], "truncated": controls["truncated_traces"]}
-    _show_families("System 2", SYSTEM2_FAMILIES, columns, report, None)
+    for extra in report["extras"]:
+        table(extra["title"], extra["columns"], extra["rows"])
     after, n = report["system2"]["after"], report["system2"]["after"]["reasoned"]["n"]
-    share = system1["after"]["parameters"] / report["teacher"]["parameters"]
+    share = report["system1"]["after"]["parameters"] / report["teacher"]["parameters"]
     say(f"Students have {share:.0%} of the teacher's parameters. Of its exact match, System 1 keeps {retained(report):.1%} over its")
     say(f"{len(SYSTEM1_FAMILIES)} families, System 2 {retained(report, 'system2'):.1%} over its {len(SYSTEM2_FAMILIES)}.")
     say(f"System 2 lies {margin(report):.2f} above a student that learnt the same questions from bare answers. Of its {n} answers,")
     say(f"{after['reasoned']['value']:.1%} reason first and {after['stopped']['value']:.1%} stop by themselves.")
     for name, meaning in CONTROLS.items():
         say(f"  {name}: {meaning}")
-    say("  chance: always the commonest answer.  95%: Wilson interval of the student.")
-
-
-def _show_families(system: str, families: list[str], columns: dict, report: dict, chance: dict | None) -> None:
-    columns = {"teacher": report["teacher"], **columns}
-    rows = []
-    for family in families:
-        low, high = columns["student"]["exact_match"][family]["ci"]
-        values = [f"{scores['exact_match'][family]['value']:.3f}" for scores in columns.values()]
-        rows.append([family, *values, *([f"{chance[family]:.3f}"] if chance else []), f"{low:.2f}-{high:.2f}"])
-    n = report["teacher"]["exact_match"][families[0]]["n"]
-    heads = ["family", *columns, *(["chance"] if chance else []), "95%"]
-    table(f"{system}: exact match on {n} held-out questions a family", heads, rows)
+    say("  chance: always the commonest answer.  In brackets: Wilson interval at 95%.\n")

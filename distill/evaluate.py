@@ -1,112 +1,241 @@
-"""Scores with intervals: exact match by family on held-out questions, answers generated in batches until their end of turn.
+"""Teacher and students on held-out questions: are they nearly as good, and how much faster? Every figure with its interval.
 
-Models answer in a subprocess, one at a time (`answers`).
-A question is `{"id", "family", "system": 1 | 2, "instruction", "answer"}`; system 1 is asked plainly, system 2 with the CoT sentence.
+Models answer, are read and are timed in subprocesses, one in memory at a time, and what a model was asked before it is not asked again.
+System 1 is asked plainly, system 2 with the sentence that asks for reasoning.
 """
 
-import math
-from collections import defaultdict
+import shlex
+import time
 from pathlib import Path
 
-from . import store
-from .answers import ask_once
-from .config import model_name
-from .errors import DataError
-from .generation import BATCH_TOKENS
+from . import engine, models, prompt, store, students
+from .config import is_hub_name, model_name
+from .diagnosis import diagnose
+from .errors import ConfigError
+from .examine import Examined, ask, score_answers, time_answers
+from .generation import BATCH_TOKENS, MAX_NEW_TOKENS
 from .models import check_student
-from .prompt import REASONING_TAGS
+from .quality import beside_before, beside_teacher, cases, headline, quality, targets
+from .questions import Questions, drawn, questions_for, read_questions
+from .report import Evaluation
+from .students import Student, student_at
 
-Z_95 = 1.959963984540054
-MODE_OF_SYSTEM = {1: "system1", 2: "system2"}
-
-
-def wilson(right: int, n: int) -> dict:
-    """A proportion with its Wilson score interval at 95%: {"value", "n", "ci": [low, high]}.
-
-    right  successes, 0 to n;  n  trials, at least 1
-    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
-    """
-    if not 0 <= right <= n or n < 1:
-        raise DataError(f"A share of {right} in {n} has no interval.")
-    share, spread = right / n, Z_95**2 / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z_95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return {"value": share, "n": n, "ci": [max(0.0, middle - half), min(1.0, middle + half)]}
+TITLES = {"system1": "System-1 student", "system2": "System-2 student"}
+SPEED_RUNS = 20
 
 
-def final_answer(text: str) -> str:
-    """What an answer says in the end: the text behind its reasoning, stripped; empty where the reasoning never ends.
-
-    >>> final_answer("<think>\\n2 + 2 = 4\\n</think>\\n\\n4")
-    '4'
-    """
-    opened, closed = REASONING_TAGS
-    if closed in text:
-        return text.rpartition(closed)[2].strip()
-    return "" if opened in text else text.strip()
-
-
-def reasons_first(text: str) -> bool:
-    """Whether an answer shows a whole thought, with words in it, before what it says in the end."""
-    opened, closed = REASONING_TAGS
-    thought, found, _ = text.partition(closed)
-    return bool(found and thought.removeprefix(opened).strip() and final_answer(text))
-
-
-def exact_match(questions: list[dict], texts: list[str]) -> dict:
-    """Exact match by family: {family: {"value", "n", "ci"}}, families in order of appearance."""
-    right: dict = defaultdict(list)
-    for question, text in zip(questions, texts, strict=True):
-        right[question["family"]].append(final_answer(text) == question["answer"].strip())
-    return {family: wilson(sum(hits), len(hits)) for family, hits in right.items()}
-
-
-def mean_exact_match(scores: dict, families: list[str]) -> float:
-    """Mean of exact match over families, each with the same weight."""
-    return sum(scores["exact_match"][family]["value"] for family in families) / len(families)
-
-
-def score(
-    models: list[dict],
-    questions: str | Path,
-    run_folder: Path,
-    max_new_tokens: dict,
+def evaluate_student(
+    *checkpoints: str | Path,
+    teacher: str | None = None,
+    before: str | Path | None = None,
+    mode: str | None = None,
+    questions: str | Path | dict | None = None,
+    limit: int | None = None,
+    teacher_bits: int | None = None,
+    max_new_tokens: dict | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    *,
+    speed_runs: int = SPEED_RUNS,
+    seed: int = 0,
+    out: str | Path = "reports/evaluation",
+    extras: list[dict] = (),
     fresh: bool = False,
-) -> dict:
-    """Score models on a held-out file, in one subprocess, one model in memory at a time; none is asked twice (`answers.ask_once`).
+) -> Evaluation:
+    """Examine one student, or both systems' together: beside the teacher and beside what each was before; write the report.
 
-    models          [{"name", "path", "mode"}]; mode None asks each question as its system says, "system1" asks all plainly
-    questions       JSON-lines file of questions
+    checkpoints     a student's folder, or two, one of each system
+    teacher         folder or hub name; None takes the one that the student's record names
+    before, mode    of a checkpoint that the lab did not make: the model that it was before, "system1" or "system2"
+    questions       held-out file, or {"system1": file, "system2": file}; None takes the validation rows of each student's data
+    limit           questions a system, drawn by `seed`; None asks all
+    teacher_bits    of a weight; None takes 8, or 4 where 8 do not fit
     max_new_tokens  mode → limit of an answer, in tokens
-    batch_tokens    tokens that a batch may come to; the more, the faster, as long as memory lasts
+    batch_tokens    of a batch of questions and answers together
+    speed_runs      answers that each model is timed on; 0 measures no speed
+    seed            of the draw of questions and of every interval
+    out             folder of report.json, report.html and report.md
+    extras          further tables for the report: [{"title", "note", "columns", "rows"}]
     fresh           ask everything anew
-    Returns {name: {"parameters", "exact_match": {family: {"value", "n", "ci"}}, "reasoned", "stopped"}}; the last two are the shares of all
-    answers that reason before they answer and that end by themselves.
-    Raises ConfigError `Invalid student model: …`, DataError for a checkpoint of the lab that is damaged, BackendError with the log's end.
+
+    Questions that training saw, or near-duplicates of them, are removed and counted (`leakage`).
+    Raises ConfigError for what cannot be examined, DataError for a file without usable questions, BackendError with the log's end.
     """
-    paths = [model_name(model["path"]) for model in models]
-    for path in paths:
-        check_student(path)
-    rows = list(store.read_rows(questions))
-    same = {"bits": 32, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    requests = [
-        {"name": model["name"], "path": path, "questions": _asked(rows, model["mode"]), **same}
-        for model, path in zip(models, paths, strict=True)
-    ]
-    return {name: _scores(rows, made) for name, made in ask_once(requests, run_folder, "Scoring", fresh=fresh).items()}
-
-
-def _asked(rows: list[dict], mode: str | None) -> list[dict]:
-    return [{"instruction": row["instruction"], "mode": mode or MODE_OF_SYSTEM[row["system"]]} for row in rows]
-
-
-def _scores(rows: list[dict], made: dict) -> dict:
-    texts = [answer["text"] for answer in made["answers"]]
-    return {
-        "parameters": made["parameters"],
-        "exact_match": exact_match(rows, texts),
-        "reasoned": wilson(sum(map(reasons_first, texts)), len(texts)),
-        "stopped": wilson(sum(answer["stopped"] for answer in made["answers"]), len(texts)),
+    examined = _students(checkpoints, mode, before)
+    out, run_folder = store.resolve(out), store.ROOT / "runs" / "evaluate"
+    store.check_writable(out / "report.json")
+    asked = {student.mode: questions_for(student, questions, limit, seed) for student in examined}
+    rows = {mode: one.rows for mode, one in asked.items()}
+    panel = _panel(examined, teacher, teacher_bits)
+    limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
+    with store.lock(run_folder):
+        answered = ask(panel, rows, limits, batch_tokens, run_folder, fresh)
+        scored, bleu, versions = score_answers(panel, rows, answered, run_folder, fresh)
+        speed, skipped = time_answers(panel, rows, speed_runs, run_folder) if speed_runs else (None, "it was not asked for")
+    facts = {one.name: _model_facts(one, answered[one.name], scored, bleu, seed) for one in panel}
+    systems = {student.mode: _system(student, asked[student.mode], scored, facts, limits, seed) for student in examined}
+    evaluation = {
+        "schema": 1,
+        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": _command(examined, facts["teacher"]["path"], questions, limit, seed, out),
+        "seed": seed,
+        "title": f"{_last_name(facts['teacher']['path'])} → {', '.join(_last_name(student.path) for student in examined)}",
+        "device": _device(answered["teacher"]),
+        "versions": {**answered["teacher"]["versions"], **versions},
+        "models": facts,
+        "systems": systems,
+        "speed": speed,
+        "speed_skipped": skipped,
+        "targets": targets(systems, facts, speed),
+        "benchmarks": {},
+        "judge": None,
+        "ratings": None,
+        "extras": list(extras),
     }
+    made = Evaluation(evaluation)
+    for student in examined:
+        _register(student, evaluation)
+    made.save(out)
+    return made
+
+
+def _students(checkpoints: tuple, mode: str | None, before: str | Path | None) -> list[Student]:
+    """The students to examine, System 1 first."""
+    if not checkpoints:
+        raise ConfigError("There is no student to evaluate: give the folder that a distillation returned, or two of them.")
+    found = [student_at(path, mode, before) for path in checkpoints]
+    modes = [student.mode for student in found]
+    if len(set(modes)) < len(modes):
+        raise ConfigError(f"{len(modes)} students of {modes[0]}: one report takes one of each system. Evaluate them one by one.")
+    if unknown := [student.path for student in found if not student.before]:
+        raise ConfigError(f"{store.shown(unknown[0])} does not say what it was before its training. Give before = its base model.")
+    return sorted(found, key=lambda student: prompt.MODES.index(student.mode))
+
+
+def _panel(examined: list[Student], teacher: str | None, bits: int | None) -> list[Examined]:
+    """Everybody who is asked: the teacher, then each student as it was and as it is."""
+    name = teacher or examined[0].record.get("job", {}).get("models", {}).get("teacher")
+    if not name:
+        raise ConfigError("The students do not say who their teacher is. Give teacher = its folder or hub name.")
+    path = model_name(name)
+    models.check_model(path, "teacher")
+    panel = [Examined("teacher", "teacher", "Teacher", path, tuple(student.mode for student in examined), bits)]
+    for student in examined:
+        check_student(student.before)
+        title = TITLES[student.mode]
+        panel.append(Examined(f"before_{student.mode}", "before", f"{title} before", student.before, (student.mode,)))
+        panel.append(Examined(student.mode, "after", title, student.path, (student.mode,)))
+    return panel
+
+
+# The report's parts
+
+
+def _model_facts(one: Examined, answered: dict, scored: dict, bleu: dict, seed: int) -> dict:
+    """The report's entry of one model, with its quality in each mode."""
+    teachers = {mode: None if one.role == "teacher" else scored["teacher", mode] for mode in one.modes}
+    return {
+        "name": one.name,
+        "role": one.role,
+        "title": one.title,
+        "system": None if one.role == "teacher" else one.modes[0],
+        "path": one.path if is_hub_name(one.path) else store.shown(one.path),
+        "parameters": answered["parameters"],
+        "weight_bytes": answered["weight_bytes"],
+        "disk_bytes": sum(file.stat().st_size for file in models.local_folder(one.path).glob("*.safetensors")),
+        "bits": answered["bits"],
+        "quality": {mode: quality(scored[one.name, mode], bleu[one.name, mode], teachers[mode], seed) for mode in one.modes},
+    }
+
+
+def _system(student: Student, asked: Questions, scored: dict, facts: dict, limits: dict, seed: int) -> dict:
+    """The report's entry of one system."""
+    mode, before = student.mode, f"before_{student.mode}"
+    own, teacher, former = (scored[name, mode] for name in (mode, "teacher", before))
+    metric, reason = headline([row["answer"] for row in asked.rows], teacher)
+    kept, differences = beside_teacher(own, teacher, seed)
+    gained = beside_before(own, former, seed)
+    tokenizer = models.load_tokenizer(student.path)
+    known = {
+        "template_differs": students.template_differs(student, tokenizer),
+        "limit_tokens": limits[mode],
+        "vocabulary": len(tokenizer),
+        "mode": mode,
+    }
+    names = {"teacher": "teacher", before: before, mode: mode}
+    return {
+        "mode": mode,
+        "student": mode,
+        "before": before,
+        "teacher": "teacher",
+        "headline": metric,
+        "headline_reason": reason,
+        "questions": asked.facts,
+        "retained": kept,
+        "against_teacher": differences,
+        "against_before": gained,
+        "training": students.training_facts(student),
+        "cases": cases(asked.rows, {name: scored[name, mode] for name in names}, metric, mode, "teacher"),
+        "diagnosis": diagnose(
+            facts[mode]["quality"][mode], facts[before]["quality"][mode], {"retained": kept, "against_before": gained}, known
+        ),
+    }
+
+
+def _register(student: Student, evaluation: dict) -> None:
+    """Leave the scores in the run's folder, where `runs` finds them."""
+    if not student.run_folder:
+        return
+    system, mode = evaluation["systems"][student.mode], student.mode
+    kept = {name: system[name] for name in ("retained", "headline", "questions", "against_before", "diagnosis")}
+    own = {"mode": mode, "quality": evaluation["models"][mode]["quality"][mode], "teacher": evaluation["models"]["teacher"]["path"]}
+    store.write_json(student.run_folder / "evaluation.json", {"made": evaluation["made"], "path": student.path, **own, **kept})
+
+
+def _device(answered: dict) -> dict:
+    kind = answered["device"].split(":")[0]
+    cores = engine.usable_cores()
+    return {"name": models.device()[1] if kind == "cuda" else f"CPU, {cores} cores", "kind": kind, "threads": cores}
+
+
+def _last_name(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
+
+
+def _command(examined: list[Student], teacher: str, questions, limit: int | None, seed: int, out: Path) -> str:
+    """The command line that makes this report again."""
+    words = ["python", "distill_app.py", "evaluate", *[store.shown(student.path) for student in examined], "--teacher", teacher]
+    files = questions.items() if isinstance(questions, dict) else [(None, questions)] if questions else []
+    for mode, file in files:
+        words += ["--questions", f"{mode}={store.shown(file)}" if mode else store.shown(file)]
+    words += ["--limit", str(limit)] if limit else []
+    return shlex.join([*words, "--seed", str(seed), "--out", store.shown(out)])
+
+
+def compare_checkpoints(
+    paths: dict[str, str],
+    mode: str,
+    questions: str | Path,
+    *,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """The quality of several checkpoints on the same questions, such as one before and after quantising; no report is written.
+
+    paths      name → folder; the agreement of next tokens is with the first, whose own answers are read where a row has no whole one
+    mode       how they are asked, "system1" or "system2"
+    questions  held-out file (`questions.read_questions`)
+    limit      questions, drawn by `seed`; None asks all
+    Returns {name: what `quality.quality` returns}. Raises as `evaluate_student` does.
+    """
+    for path in paths.values():
+        check_student(model_name(path))
+    panel = [Examined(name, "after", name, model_name(path), (mode,)) for name, path in paths.items()]
+    rows = {mode: drawn(list(read_questions(store.resolve(questions), mode)), limit, seed)}
+    limits = {**MAX_NEW_TOKENS, **({mode: max_new_tokens} if max_new_tokens else {})}
+    run_folder = store.ROOT / "runs" / "evaluate"
+    with store.lock(run_folder):
+        answered = ask(panel, rows, limits, BATCH_TOKENS, run_folder, False)
+        scored, bleu, _ = score_answers(panel, rows, answered, run_folder, False)
+    first = panel[0].name
+    others = {one.name: scored[first, mode] if one.name != first else None for one in panel}
+    return {name: quality(scored[name, mode], bleu[name, mode], others[name], seed) for name in paths}

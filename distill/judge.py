@@ -13,7 +13,7 @@ from .compare import Comparison
 from .console import say, table
 from .endpoint import LEVELS, SCORE_MAX_TOKENS, VERDICTS, Endpoint, scoring
 from .errors import ConfigError, DataError, shortened
-from .evaluate import wilson
+from .intervals import wilson
 from .prompt import MODES, is_unicode
 from .trace_tools import METRICS as OF_TRACES
 

@@ -13,9 +13,10 @@ from .answers import answer_all
 from .console import progress, say, table
 from .data import write_tokenized
 from .errors import BackendError, ConfigError
-from .evaluate import exact_match, final_answer
+from .metrics import final_answer
 from .microtasks import FAMILIES, build_tokenizer, difficulty_level, phrase, sample_questions, sample_thought, verbosity_level
 from .models import device, load_to_train
+from .scores import exact_match
 
 MICRO = store.ROOT / "data" / "micro"
 TEACHER_NAME = "micro-teacher"

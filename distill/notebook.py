@@ -15,15 +15,17 @@ from pathlib import Path
 
 from . import answers, environment, generation, models, persist, prompt, store
 from .choice import Choice, Wanted, choose
-from .compare import reasoning
 from .config import model_name
 from .console import say, visible
+from .data import prepare_system1_dataset
 from .easydistill import setup_easydistill
-from .errors import ConfigError, DataError
-from .evaluate import final_answer
-from .models import RUN_RECORD, is_here
+from .errors import DataError
+from .metrics import final_answer, reasoning
+from .models import is_here
 from .own_traces import write_traces
+from .students import read_losses
 from .trace_tools import score_traces
+from .traces import prepare_system2_dataset
 
 HUB_SECONDS = 10
 SCORED = "data/teacher_traces_scored.json"
@@ -129,6 +131,22 @@ def trace_arguments(chosen: Choice) -> dict:
         score_traces(source, SCORED, chosen.judge)
         source = SCORED
     return {**chosen.data_system2, "source": source, "slice_str": "train"}
+
+
+# What is asked at the end
+
+HELDOUT = {
+    "system1": {"out_labeled": "data/heldout_system1.json", "out_instructions": "data/heldout_system1_instructions.json"},
+    "system2": {"out_cot": "data/heldout_system2.json"},
+}
+
+
+def prepare_heldout(chosen: Choice) -> dict | None:
+    """The files of held-out questions, by mode, prepared where they have to be; None where the validation rows are to be asked."""
+    prepare = {"system1": prepare_system1_dataset, "system2": prepare_system2_dataset}
+    return chosen.heldout and {
+        mode: given if isinstance(given, str) else prepare[mode](**given, **HELDOUT[mode]).path for mode, given in chosen.heldout.items()
+    }
 
 
 # Memory
@@ -241,17 +259,6 @@ def plot_loss(checkpoint: str | Path):
     axes.grid(alpha=0.3)
     plt.close(figure)  # a notebook shows what a cell returns; an open figure it would show twice
     return figure
-
-
-def read_losses(checkpoint: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The run's losses as (step, loss): {"training": […], "validation": […]}."""
-    record = store.resolve(checkpoint) / RUN_RECORD
-    if not store.is_file(record):
-        raise ConfigError(f"{store.shown(checkpoint)} holds no {RUN_RECORD}: give the folder that a distillation returned.")
-    run_folder = Path(store.read_json(record)["job"]["dataset"]["labeled_path"]).parent
-    lines = list(store.read_rows(run_folder / "metrics.jsonl"))
-    keys = {"training": "loss", "validation": "eval_loss"}
-    return {name: [(line["step"], line[key]) for line in lines if key in line] for name, key in keys.items()}
 
 
 @dataclass(frozen=True, repr=False)

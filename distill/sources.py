@@ -249,3 +249,17 @@ def _row_number(mark: str | None, total: int | None) -> int | None:
     if mark.startswith("-"):
         number += total
     return max(number, 0) if total is None else min(max(number, 0), total)
+
+
+def following(slice_text: str, rows: int) -> str | None:
+    """The slice of the `rows` rows behind another, or of one hundredth of the split behind a share; None where nothing is behind.
+
+    >>> following("train[:1000]", 200), following("train[:10%]", 200), following("train", 200)
+    ('train[1000:1200]', 'train[10%:11%]', None)
+    """
+    found = _SLICE.fullmatch(slice_text)
+    split, stop = found.group("split", "stop") if found else (None, None)
+    if not stop or stop.startswith("-") or stop == "100%":
+        return None
+    last = f"{int(stop.removesuffix('%')) + 1}%" if stop.endswith("%") else str(int(stop) + rows)
+    return f"{split}[{stop}:{last}]"

@@ -14,8 +14,8 @@ from .asking import answered, no_answer
 from .console import say
 from .endpoint import PROMPTS, SCORE_MAX_TOKENS, Endpoint, filled, generation, read_prompt, scoring
 from .errors import ConfigError, DataError
-from .evaluate import final_answer
 from .label import CUT_OFF, Labeled
+from .metrics import final_answer
 from .omnithought import FIELDS, OTHER_FORM
 from .prompt import REASONING_TAGS, is_trace, is_unicode
 

@@ -12,11 +12,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from distill import answers, compare_page, console, generation, models, store
-from distill.compare import Comparison, compare_models, reasoning
+from distill.compare import Comparison, compare_models
 from distill.console import visible
 from distill.errors import BackendError, ConfigError
-from distill.evaluate import final_answer
 from distill.memory import Asking, asking_need
+from distill.metrics import final_answer, reasoning
 from distill.prompt import asked_ids
 from distill.shapes import find_shape
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from distill import demo, evaluate, store
+from distill import demo, store
 from distill.errors import BackendError, ConfigError
-from distill.evaluate import final_answer
+from distill.metrics import final_answer, reasons_first
 from distill.microlab import MAX_NEW_TOKENS, SYSTEM1_FAMILIES, SYSTEM2_FAMILIES
 from distill.microtasks import question_of
+from distill.scores import mean_exact_match, score
 
 
 def labels(rows):
@@ -46,12 +47,12 @@ def test_scores_come_from_a_subprocess_each_model_asked_in_its_mode(tmp_path, pr
     models = [{"name": "teacher", "path": str(micro / "teacher"), "mode": None}]
     models += [{"name": name, "path": str(micro / "student_system1"), "mode": "system1"} for name in ("before",)]
     models += [{"name": "teacher asked plainly", "path": str(micro / "teacher"), "mode": "system1"}]
-    scores = evaluate.score(models, tmp_path / "questions.jsonl", tmp_path, MAX_NEW_TOKENS)
+    scores = score(models, tmp_path / "questions.jsonl", tmp_path, MAX_NEW_TOKENS)
     assert set(scores) == {"teacher", "before", "teacher asked plainly"}
     assert scores["teacher"]["parameters"] > scores["before"]["parameters"]
-    assert evaluate.mean_exact_match(scores["teacher"], SYSTEM1_FAMILIES + SYSTEM2_FAMILIES) > 0.9
-    assert evaluate.mean_exact_match(scores["before"], SYSTEM1_FAMILIES) < 0.1
-    assert evaluate.mean_exact_match(scores["teacher asked plainly"], SYSTEM2_FAMILIES) < 0.5
+    assert mean_exact_match(scores["teacher"], SYSTEM1_FAMILIES + SYSTEM2_FAMILIES) > 0.9
+    assert mean_exact_match(scores["before"], SYSTEM1_FAMILIES) < 0.1
+    assert mean_exact_match(scores["teacher asked plainly"], SYSTEM2_FAMILIES) < 0.5
     assert scores["teacher"]["reasoned"]["value"] == pytest.approx(0.3, abs=0.03) and scores["teacher"]["stopped"]["value"] > 0.97
     assert {score["n"] for score in scores["teacher"]["exact_match"].values()} == {5}
 
@@ -62,17 +63,14 @@ def test_a_failed_scoring_shows_its_log(tmp_path, project, micro, heldout):
     store.write_json(broken / "config.json", {**store.read_json(broken / "config.json"), "hidden_size": 64})
     for path, error in ((tmp_path / "none", ConfigError), (broken, BackendError)):
         with pytest.raises(error, match="Invalid student model"):
-            evaluate.score([{"name": "x", "path": str(path), "mode": None}], tmp_path / "questions.jsonl", tmp_path, MAX_NEW_TOKENS)
+            score([{"name": "x", "path": str(path), "mode": None}], tmp_path / "questions.jsonl", tmp_path, MAX_NEW_TOKENS)
 
 
 @pytest.mark.slow
 def test_the_demo_reaches_its_targets():
     report = demo.run_demo(seed=0)
     assert demo.retained(report) >= 0.90
-    mean = {
-        name: evaluate.mean_exact_match(model, SYSTEM1_FAMILIES)
-        for name, model in (*report["system1"].items(), *report["controls"].items())
-    }
+    mean = {name: mean_exact_match(model, SYSTEM1_FAMILIES) for name, model in (*report["system1"].items(), *report["controls"].items())}
     assert demo.retained(report, "system2") >= 0.95
     assert demo.margin(report) >= 0.4
     after = report["system2"]["after"]
@@ -82,7 +80,7 @@ def test_the_demo_reaches_its_targets():
     assert mean["before"] <= 0.02
     assert abs(mean["shuffled_labels"] - chance) < 0.1
     assert mean["gold_labels"] >= mean["after"] - 0.03
-    assert evaluate.mean_exact_match(report["system1"]["after"], SYSTEM2_FAMILIES) < 0.35
+    assert mean_exact_match(report["system1"]["after"], SYSTEM2_FAMILIES) < 0.35
 
 
 def test_the_demo_takes_every_instruction_row_then_a_fixed_number_of_the_others(tmp_path):
@@ -138,7 +136,7 @@ def test_the_control_of_truncated_traces_cuts_half_of_the_rows_before_their_end(
     ],
 )
 def test_reasoning_first_means_a_thought_with_words_and_an_answer_behind_it(text, reasons):
-    assert evaluate.reasons_first(text) is reasons
+    assert reasons_first(text) is reasons
 
 
 def test_the_end_of_a_log_is_shown_without_what_acts_on_a_terminal(tmp_path):

@@ -1,109 +1,170 @@
-"""The scoring core: intervals, extraction of the final answer, exact match, batched generation."""
+"""Evaluation for real: teacher, student before and after; broken students are called out; what was asked is not asked again."""
 
 import shutil
 
 import pytest
 
-from distill import generation, store
-from distill.errors import DataError
-from distill.evaluate import exact_match, final_answer, score, wilson
-from distill.generation import generate
-from distill.models import RUN_RECORD, load_to_train
-from distill.prompt import asked_ids
+import distill_app
+from distill import evaluate, examine, store, students
+from distill.diagnosis import diagnose
+from distill.errors import ConfigError
+from distill.models import load_to_train, load_tokenizer
+from distill.quality import beside_before, beside_teacher, quality
+
+LIMITS = {"system1": 60, "system2": 60}  # long enough to show a loop
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 200), (1, 7), (5, 10), (194, 200), (200, 200)])
-def test_wilson_bounds_solve_the_score_equation(right, n):
-    """Each bound b is where the observed share lies 1.96 standard errors of b away: (share - b)² = z² b (1 - b) / n."""
-    score = wilson(right, n)
-    assert (score["value"], score["n"]) == (right / n, n)
-    low, high = score["ci"]
-    assert 0 <= low < high <= 1 and low - 1e-12 <= right / n <= high + 1e-12
-    for bound in (low, high):
-        assert (right / n - bound) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / n, abs=1e-9)
+def random_weights(path, micro):
+    shutil.rmtree(path)
+    shutil.copytree(micro / "student_system1", path)
 
 
-def test_wilson_interval_of_five_in_ten_is_the_published_one():
-    assert wilson(5, 10)["ci"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
+def wrong_template(path, micro):
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }} [end]<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer.save_pretrained(path)
 
 
-@pytest.mark.parametrize(("right", "n"), [(1, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_impossible_counts(right, n):
-    with pytest.raises(DataError):
-        wilson(right, n)
+def no_stop_token(path, micro):
+    """Its template ends a turn with a token that it never learnt to write."""
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.eos_token = "<|fim_pad|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>\\n'", "'<|fim_pad|>\\n'")
+    tokenizer.save_pretrained(path)
+    model, _ = load_to_train(str(path))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (" 42 ", "42"),
-        ("<think>\n6*7=42\n</think>\n\n42", "42"),
-        ("<think>\nfirst </think> then\n</think>\n\n42\n", "42"),
-        ("<think>\n6*7=42 and never an end", ""),
-        ("", ""),
-    ],
-)
-def test_final_answer_is_what_stands_behind_the_reasoning(text, answer):
-    assert final_answer(text) == answer
+def repeating(path, micro):
+    """Without attention and feed-forward layers the next token is the last one again."""
+    model, tokenizer = load_to_train(str(path))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(path)
 
 
-def test_exact_match_counts_by_family():
-    questions = [{"family": "a", "answer": "1"}, {"family": "a", "answer": "2"}, {"family": "b", "answer": "3"}]
-    scores = exact_match(questions, ["1", "2 or 3", "<think>\n…\n</think>\n\n3"])
-    assert {family: (score["value"], score["n"]) for family, score in scores.items()} == {"a": (0.5, 2), "b": (1.0, 1)}
-
-
-def test_exact_match_refuses_answers_that_do_not_match_the_questions():
-    with pytest.raises(ValueError, match="zip"):
-        exact_match([{"family": "a", "answer": "1"}], [])
-
-
-def test_a_checkpoint_that_was_changed_since_it_was_made_is_not_scored(project, micro):
-    out = shutil.copytree(micro / "student_system1", project / "out")
-    store.write_manifest(out, {}, name=RUN_RECORD)
-    weights = out / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(DataError, match=f"model.safetensors is missing or is not what out/{RUN_RECORD} recorded"):
-        score([{"name": "m", "path": "out", "mode": None}], micro / "heldout.jsonl", project / "run", {"system1": 1, "system2": 1})
+BROKEN = {"random": random_weights, "template": wrong_template, "endless": no_stop_token, "repeating": repeating}
 
 
 @pytest.fixture(scope="module")
-def teacher(micro):
-    return load_to_train(str(micro / "teacher"))
+def diagnosed(tmp_path_factory, micro, heldout):
+    """What is said of students that are the teacher itself, whole or broken: {name: (quality, diagnosis)}."""
+    folder = tmp_path_factory.mktemp("broken")
+    rows = {"system1": [{**row, "mode": "system1"} for row in heldout if row["system"] == 1][::28]}
+    panel = [examine.Examined("teacher", "teacher", "Teacher", str(micro / "teacher"), ("system1",), 32)]
+    panel.append(examine.Examined("before", "before", "Before", str(micro / "student_system1"), ("system1",)))
+    for name, damage in {"good": lambda path, micro: None, **BROKEN}.items():
+        path = shutil.copytree(micro / "teacher", folder / name)
+        damage(path, micro)
+        panel.append(examine.Examined(name, "after", name, str(path), ("system1",)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "ROOT", folder)
+        answered = examine.ask(panel, rows, LIMITS, 65_536, folder, False)
+        scored, bleu, _ = examine.score_answers(panel, rows, answered, folder, False)
+    figures = {one.name: quality(scored[one.name, "system1"], bleu[one.name, "system1"]) for one in panel}
+    template = students.tokenizer_hash(load_tokenizer(str(micro / "teacher")))
+    return {
+        one.name: (
+            figures[one.name],
+            diagnose(
+                figures[one.name],
+                figures["before"],
+                {
+                    "retained": beside_teacher(scored[one.name, "system1"], scored["teacher", "system1"])[0],
+                    "against_before": beside_before(scored[one.name, "system1"], scored["before", "system1"]),
+                },
+                {
+                    "template_differs": students.tokenizer_hash(load_tokenizer(one.path)) != template,
+                    "limit_tokens": LIMITS["system1"],
+                    "vocabulary": len(load_tokenizer(one.path)),
+                    "mode": "system1",
+                },
+            ),
+        )
+        for one in panel
+        if one.role == "after"
+    }
 
 
-def test_batched_answers_equal_answers_one_by_one_in_the_order_asked(teacher, heldout):
-    model, tokenizer = teacher
-    questions = heldout[::97]
-    asked = [asked_ids(tokenizer, question["instruction"], mode=f"system{question['system']}") for question in questions]
-    together = generate(model, tokenizer, asked, 200)
-    alone = [generate(model, tokenizer, [ids], 200)[0] for ids in asked]
-    assert len(questions) > 15
-    assert [answer.text for answer in together] == [answer.text for answer in alone]
-    assert all(answer.stopped for answer in together)
+def test_a_good_student_has_nothing_to_mend(diagnosed):
+    found, said = diagnosed["good"]
+    assert found["exact_match"]["value"] == 1.0 and found["stopped"]["value"] == 1.0 and said == []
 
 
-def test_generation_stops_at_the_end_of_turn_and_says_when_it_did_not(teacher, heldout):
-    model, tokenizer = teacher
-    question = next(question for question in heldout if question["system"] == 2)
-    asked = [asked_ids(tokenizer, question["instruction"], mode="system2")]
-    whole, cut = generate(model, tokenizer, asked, 300)[0], generate(model, tokenizer, asked, 5)[0]
-    assert whole.stopped and not whole.text.endswith("<|im_end|>") and whole.tokens < 300
-    assert not cut.stopped and cut.tokens == 5 and whole.text.startswith(cut.text)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("random", "no better than before|chance|random"), ("template", "template"), ("endless", "stop|end"), ("repeating", "repeat")],
+)
+def test_a_broken_student_is_called_out_as_such(diagnosed, name, words):
+    import re
+
+    found, said = diagnosed[name]
+    assert any(re.search(words, one["what"], re.I) for one in said), (found, said)
+    assert all(one["evidence"] and one["advice"] for one in said)
 
 
-def test_sampling_is_reproducible_and_differs_from_greedy(teacher, heldout):
-    model, tokenizer = teacher
-    questions = [question for question in heldout if question["system"] == 2][:12]
-    asked = [asked_ids(tokenizer, question["instruction"], mode="system2") for question in questions]
-    first, again, other = (
-        [answer.text for answer in generate(model, tokenizer, asked, 200, temperature=1.0, seed=seed)] for seed in (1, 1, 2)
-    )
-    assert first == again and first != other
+@pytest.fixture
+def evaluation(project, small_run, micro, heldout):
+    store.write_jsonl(project / "heldout.jsonl", [row for row in heldout if row["system"] == 1][::35])
+
+    def run(**settings):
+        places = {"teacher": str(micro / "teacher"), "teacher_bits": 32, "questions": "heldout.jsonl", "max_new_tokens": LIMITS}
+        return distill_app.evaluate_student(small_run["checkpoint"], **{**places, "speed_runs": 2, **settings})
+
+    return run
 
 
-def test_batches_keep_to_the_token_budget_and_cover_every_row():
-    lengths = [5, 900, 20, 20, 3, 400]
-    batches = list(generation._batches(lengths, 100, 1200, None))
-    assert sorted(number for batch in batches for number in batch) == list(range(6))
-    assert all(len(batch) == 1 or len(batch) * (max(lengths[n] for n in batch) + 100) <= 1200 for batch in batches)
+def test_a_student_is_examined_beside_its_teacher_and_what_it_was(evaluation, project, small_run, capsys):
+    found = evaluation().to_dict()
+    assert list(found["models"]) == ["teacher", "before_system1", "system1"]
+    teacher, student = (found["models"][name]["quality"]["system1"] for name in ("teacher", "system1"))
+    assert teacher["exact_match"]["value"] > 0.95 and teacher["n"] == student["n"] == 40
+    assert teacher["perplexity"]["value"] < student["perplexity"]["value"] and 0 < student["agreement"]["value"] < 1
+    system = found["systems"]["system1"]
+    assert system["headline"] == "exact_match" and system["questions"]["leakage"]["checked_against"] == 560
+    assert system["training"]["rows"] == 500 and len(system["cases"]) == 40
+    assert set(found["speed"]["models"]) == {"teacher 8-bit", "teacher 16-bit", "system1"}
+    assert found["models"]["system1"]["disk_bytes"] == (project / small_run["checkpoint"] / "model.safetensors").stat().st_size
+    page = (project / "reports" / "evaluation" / "report.html").read_text()
+    assert "teacher → out" in page and store.read_json(project / "reports" / "evaluation" / "report.json")["title"] == "teacher → out"
+    kept = store.read_json(small_run["run"] / "evaluation.json")
+    assert kept["quality"] == student and kept["retained"] == system["retained"]
+    # a second one asks and reads nothing
+    capsys.readouterr()
+    again = evaluation(speed_runs=0).to_dict()
+    said = capsys.readouterr().out
+    assert "Asking" not in said and "Reading" not in said and again["systems"]["system1"]["retained"] == system["retained"]
+    assert again["speed"] is None and again["speed_skipped"] == "it was not asked for"
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "settings", "words"),
+    [
+        ([], {}, "no student to evaluate"),
+        (["out", "out"], {}, "2 students of system1"),
+        (["teacher"], {"mode": "system1"}, "Give before = its base model"),
+        (["teacher"], {"mode": "system1", "before": "teacher", "teacher": None}, "do not say who their teacher is"),
+        (["out"], {"limit": -1}, "limit = -1"),
+        (["out"], {"questions": {"system2": "x"}}, "no file for system1"),
+    ],
+)
+def test_what_cannot_be_examined_is_refused_before_anybody_is_asked(project, small_run, micro, checkpoints, settings, words):
+    shutil.copytree(small_run["checkpoint"], project / "out")
+    shutil.copytree(micro / "teacher", project / "teacher")
+    before = sorted(project.rglob("*"))
+    settings = {"teacher": "teacher", "questions": micro / "heldout.jsonl", **settings}
+    with pytest.raises(ConfigError, match=words):
+        distill_app.evaluate_student(*checkpoints, **settings)
+    assert sorted(project.rglob("*")) == before
+
+
+def test_checkpoints_are_compared_with_the_first_of_them(project, micro):
+    paths = {"whole": str(micro / "teacher"), "untrained": str(micro / "student_system1")}
+    found = evaluate.compare_checkpoints(paths, "system1", micro / "heldout.jsonl", limit=20, max_new_tokens=12)
+    assert found["whole"]["exact_match"]["value"] > 0.9 and found["whole"]["agreement"] is None
+    assert found["untrained"]["agreement"]["value"] < 0.1

@@ -6,10 +6,11 @@ import pytest
 import standin_easydistill2
 from openai_server import OpenAIServer
 
-from distill import asking, evaluate, judge, store, trace_tools
+from distill import asking, judge, store, trace_tools
 from distill.compare import Comparison
 from distill.endpoint import Endpoint, score_of
 from distill.errors import BackendError, ConfigError, DataError
+from distill.intervals import wilson
 from distill.traces import prepare_system2_dataset
 
 HOSTILE = 'Solve {x} for $HOME, \\frac{1}{2} and "it"\nin two lines.'
@@ -218,7 +219,7 @@ def test_only_scores_in_their_range_are_scores(metric, value, score):
 
 
 def test_the_interval_is_wilsons_on_the_scale_of_the_score():
-    assert judge.mean_score([1, 0, 1, 1], 1) == evaluate.wilson(3, 4)
+    assert judge.mean_score([1, 0, 1, 1], 1) == wilson(3, 4)
     found = judge.mean_score([9, 0, 3], 9)
     assert found["value"] == 4 and found["n"] == 3 and 0 < found["ci"][0] < 4 < found["ci"][1] < 9
     assert judge.mean_score([9] * 5, 9)["ci"][1] == 9 > judge.mean_score([9] * 5, 9)["ci"][0]

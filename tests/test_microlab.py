@@ -7,7 +7,7 @@ import pytest
 
 from distill import microlab, store
 from distill.errors import BackendError
-from distill.evaluate import final_answer
+from distill.metrics import final_answer
 from distill.microtasks import FAMILIES, phrase, question_of, sample_questions, sample_thought, worked_steps
 from distill.models import load_to_train
 from distill.prompt import COT_SENTENCE, asked_ids
