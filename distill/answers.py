@@ -210,7 +210,7 @@ def _answer_one(request: dict, before: int) -> dict:
     """Ask one model, then let it go; returns its facts."""
     started = time.perf_counter()
     place, reason = device()
-    bits = bits_for(request["bits"])
+    bits = bits_for(request["path"], request["bits"])
     model, tokenizer = load_to_answer(request["path"], request.get("role", "student"), bits)
     load_seconds = time.perf_counter() - started
     print(f"{request['name']}: {bits}-bit on {place} ({reason}), loaded in {load_seconds:.1f} s")

@@ -5,7 +5,7 @@ import json
 import sys
 
 from . import console, store
-from .cli_data import DATA_COMMANDS, add_fresh, add_judge, read_list
+from .cli_data import DATA_COMMANDS, add_fresh, add_judge, add_prefer, read_list
 from .cli_evaluate import add_evaluate
 from .cli_plan import add_plan
 from .cli_publish import PUBLISH_COMMANDS
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="distill_app.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    models = [_add_system1, _add_system2, _add_compare, add_evaluate, add_judge, _add_chat, *PUBLISH_COMMANDS, *RUN_COMMANDS]
+    models = [_add_system1, _add_system2, _add_compare, add_evaluate, add_judge, add_prefer, _add_chat, *PUBLISH_COMMANDS, *RUN_COMMANDS]
     for add in (_add_demo, *DATA_COMMANDS, add_plan, *models, _add_doctor, _add_setup_easydistill, _add_build_micro):
         add(commands).add_argument(
             "--json", action="store_true", help="print the result as JSON on standard output, all else on standard error"

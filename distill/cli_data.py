@@ -270,6 +270,23 @@ def _judge(options) -> dict:
     return judge(options.answers, _endpoint(options, options.model), out=options.out, **_limit(options))
 
 
+def add_prefer(commands) -> argparse.ArgumentParser:
+    """`prefer`: pairs of answers, each judged in both orders."""
+    parser = commands.add_parser("prefer", help="let a model say whose answers are better, the teacher's or the student's; both orders")
+    parser.add_argument("report", metavar="FILE", help="report.json of evaluate, to which the result is added")
+    parser.add_argument("--mode", choices=("system1", "system2"), help="whose answers (default: the first system of the report)")
+    _add_model(parser)
+    parser.add_argument("--out", default="reports/preference.json", metavar="FILE")
+    parser.set_defaults(run=_prefer)
+    return parser
+
+
+def _prefer(options) -> dict:
+    from .preference import prefer
+
+    return prefer(options.report, _endpoint(options, options.model), mode=options.mode, out=options.out, **_limit(options))
+
+
 def read_list(path: str) -> list:
     """A JSON list from a file. Raises ConfigError for another value."""
     entries = store.read_json(path)

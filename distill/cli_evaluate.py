@@ -26,6 +26,14 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=MODES, help="how a checkpoint is asked that the lab did not make")
     parser.add_argument("--max-tokens", type=int, help="limit of an answer (default 256, 1024 for system2)")
     parser.add_argument("--speed-runs", type=int, default=20, help="answers that each model is timed on; 0 measures no speed (default 20)")
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a public one by lm-evaluation-harness: gsm8k, math500, ifeval, gpqa; may be repeated",
+    )
+    parser.add_argument("--benchmark-limit", type=int, help="questions of each benchmark (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of questions and of every interval (default 0)")
     parser.add_argument("--out", default="reports/evaluation", metavar="FOLDER", help="default reports/evaluation")
     add_fresh(parser)
@@ -37,8 +45,8 @@ def _evaluate(options) -> dict:
     from .evaluate import evaluate_student
 
     limits = dict.fromkeys(MODES, options.max_tokens) if options.max_tokens else None
-    names = ("teacher", "before", "mode", "limit", "speed_runs", "seed", "out", "fresh")
-    settings = {name: getattr(options, name) for name in names}
+    names = ("teacher", "before", "mode", "limit", "speed_runs", "benchmark_limit", "seed", "out", "fresh")
+    settings = {name: getattr(options, name) for name in names} | {"benchmarks": tuple(options.benchmark)}
     return evaluate_student(*options.checkpoints, questions=questions_of(options.questions), max_new_tokens=limits, **settings).to_dict()
 
 

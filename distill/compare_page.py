@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import visible
-from .report_markdown import fenced, plain
+from .markdown import fenced, plain
 
 TITLES = {"teacher": "Teacher", "system1": "System-1 student", "system2": "System-2 student"}
 MODE_TITLES = {"system1": "System 1, asked for the answer at once", "system2": "System 2, asked to reason first"}
@@ -25,7 +25,6 @@ NOTE = (
 )
 SIDE_BY_SIDE_CELLS = 120
 REASONING_LINES = 8
-
 
 
 # What all pages show

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from . import engine, models, prompt, store, students
 from .config import is_hub_name, model_name
+from .console import say
 from .diagnosis import diagnose
 from .errors import ConfigError
 from .examine import Examined, ask, score_answers, time_answers
 from .generation import BATCH_TOKENS, MAX_NEW_TOKENS
+from .harness import run_benchmarks
 from .models import check_student
 from .quality import beside_before, beside_teacher, cases, headline, quality, targets
 from .questions import Questions, drawn, questions_for, read_questions
@@ -35,6 +37,8 @@ def evaluate_student(
     max_new_tokens: dict | None = None,
     batch_tokens: int = BATCH_TOKENS,
     speed_runs: int = SPEED_RUNS,
+    benchmarks: tuple[str, ...] = (),
+    benchmark_limit: int | None = None,
     seed: int = 0,
     out: str | Path = "reports/evaluation",
     extras: list[dict] = (),
@@ -51,6 +55,7 @@ def evaluate_student(
     max_new_tokens  mode → limit of an answer, in tokens
     batch_tokens    of a batch of questions and answers together
     speed_runs      answers that each model is timed on; 0 measures no speed
+    benchmarks      public ones by name (`harness.PUBLIC`), put to teacher and students; benchmark_limit: questions of each
     seed            of the draw of questions and of every interval
     out             folder of report.json, report.html and report.md
     extras          further tables for the report: [{"title", "note", "columns", "rows"}]
@@ -70,6 +75,7 @@ def evaluate_student(
         answered = ask(panel, rows, limits, batch_tokens, run_folder, fresh)
         scored, bleu, versions = score_answers(panel, rows, answered, run_folder, fresh)
         speed, skipped = time_answers(panel, rows, speed_runs, run_folder) if speed_runs else (None, "it was not asked for")
+    measured = {one.name: _benchmarks(one, benchmarks, benchmark_limit) for one in panel if benchmarks and one.role != "before"}
     facts = {one.name: _model_facts(one, answered[one.name], scored, bleu, seed) for one in panel}
     systems = {student.mode: _system(student, asked[student.mode], scored, facts, limits, seed) for student in examined}
     evaluation = {
@@ -77,6 +83,7 @@ def evaluate_student(
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": _command(examined, facts["teacher"]["path"], questions, limit, seed, out),
         "seed": seed,
+        "out": store.shown(out),
         "title": f"{_last_name(facts['teacher']['path'])} → {', '.join(_last_name(student.path) for student in examined)}",
         "device": _device(answered["teacher"]),
         "versions": {**answered["teacher"]["versions"], **versions},
@@ -85,9 +92,9 @@ def evaluate_student(
         "speed": speed,
         "speed_skipped": skipped,
         "targets": targets(systems, facts, speed),
-        "benchmarks": {},
-        "judge": None,
-        "ratings": None,
+        "benchmarks": measured,
+        "judge": {},
+        "ratings": {},
         "extras": list(extras),
     }
     made = Evaluation(evaluation)
@@ -124,6 +131,12 @@ def _panel(examined: list[Student], teacher: str | None, bits: int | None) -> li
         panel.append(Examined(f"before_{student.mode}", "before", f"{title} before", student.before, (student.mode,)))
         panel.append(Examined(student.mode, "after", title, student.path, (student.mode,)))
     return panel
+
+
+def _benchmarks(one: Examined, tasks: tuple[str, ...], limit: int | None) -> dict:
+    """A model's scores on public benchmarks, by task."""
+    say(f"{one.title}: {', '.join(tasks)}")
+    return run_benchmarks(one.path, list(tasks), limit=limit, mode=one.modes[-1])["tasks"]
 
 
 # The report's parts

@@ -255,25 +255,32 @@ def load_teacher(name: str, *, bits: int = 8) -> tuple:
     return load_to_answer(name, "teacher", bits)
 
 
-def bits_for(wanted: int | None) -> int:
-    """Bits of a weight: those that are wanted, or what suits the device."""
-    return wanted or (16 if device()[0] == "cuda" else 32)
+def bits_for(name: str, wanted: int | None) -> int:
+    """Bits of a weight: those that a model was stored in quantised, those that are wanted, or what suits the device."""
+    return stored_bits(name) or wanted or (16 if device()[0] == "cuda" else 32)
+
+
+def stored_bits(name: str) -> int | None:
+    """Bits of a weight of a folder that was quantised by bitsandbytes before it was saved, 8 or 4; None for any other model."""
+    config = Path(name) / "config.json"
+    found = store.read_json(config).get("quantization_config") if not is_hub_name(name) and store.is_file(config) else None
+    return found and (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
 
 
 def load_to_answer(name: str, role: str, bits: int | None) -> tuple:
     """`load_teacher` for either role ("teacher" or "student"), which the messages name; `bits` None takes what suits the device."""
     import torch
 
-    bits = bits_for(bits)
+    name = model_name(name)
+    bits = bits_for(name, bits)
     if bits not in BITS:
         raise ConfigError(f"bits = {bits!r}: is not one of {', '.join(map(str, BITS))}.")
-    name = model_name(name)
     tokenizer = check_model(name, role)
     prompt.chat_format(tokenizer, "system1")  # no template, no question: said before gigabytes are loaded
     capability = gpu_capability()
     half = half_precision(capability)[0] if capability else "bf16"  # a CPU computes no fp16
     dtype = torch.float32 if bits == 32 else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
-    settings = {"quantization_config": _quantization(bits, dtype)} if bits < 16 else {}
+    settings = {"quantization_config": _quantization(bits, dtype)} if bits < 16 and not stored_bits(name) else {}
     model = _load(name, role, dtype=dtype, device_map={"": device()[0]}, **settings)
     return model.eval(), tokenizer
 

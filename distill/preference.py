@@ -15,6 +15,7 @@ from .generation import token_limit
 from .intervals import wilson
 from .prompt import format_prompt, is_unicode
 from .replies import replies_once
+from .report import add
 
 TEACHER, STUDENT, TIE, MALFORMED, UNANSWERED = "teacher", "student", "tie", "malformed", "unanswered"
 PAIRWISE = PROMPTS / "pairwise.txt"
@@ -57,7 +58,8 @@ def prefer(
     if not isinstance(endpoint, Endpoint):
         raise ConfigError(f"endpoint = {endpoint!r}: is no Endpoint. Write e.g. Endpoint('gpt-4o', 'https://api.openai.com/v1').")
     limit = token_limit(max_new_tokens, "system1")
-    of = {"mode": mode, "models": None, "pairs": _checked(pairs)} if isinstance(pairs, list) else pairs_of(pairs, mode)
+    facts = None if isinstance(pairs, list) else facts_of(pairs)
+    of = {"mode": mode, "models": None, "pairs": _checked(pairs)} if facts is None else pairs_of(facts, mode)
     pairs = of["pairs"]
     endpoint.check()
     store.check_writable(out)
@@ -69,6 +71,8 @@ def prefer(
     report = {"judge": endpoint.name, "mode": of["mode"], "models": of["models"], "seed": seed, **_summary(rows)}
     _show(report)
     say(f"  {store.shown(store.write_json(out, report))}")
+    if facts is not None:
+        add(facts, "judge", of["mode"], report)
     return report
 
 
@@ -82,8 +86,7 @@ def pairs_of(evaluation, mode: str | None = None) -> dict:
     mode        "system1" or "system2"; None takes the first that was evaluated
     Raises ConfigError for a mode that was not evaluated, DataError for what is no evaluation.
     """
-    facts = store.read_json(evaluation) if isinstance(evaluation, str | Path) else evaluation
-    facts = facts.to_dict() if hasattr(facts, "to_dict") else facts
+    facts = facts_of(evaluation)
     try:
         systems = facts["systems"]
         mode = mode or next(iter(systems))
@@ -95,6 +98,12 @@ def pairs_of(evaluation, mode: str | None = None) -> dict:
     except (KeyError, TypeError, AttributeError, StopIteration):
         raise DataError("This is no evaluation of the lab: give what evaluate_student returned, or the path of its report.json.") from None
     return {"mode": mode, "models": paths, "pairs": _checked(pairs)}
+
+
+def facts_of(evaluation) -> dict:
+    """An evaluation's plain values: of what `evaluate_student` returned, of its `to_dict()`, or of report.json."""
+    facts = store.read_json(evaluation) if isinstance(evaluation, str | Path) else evaluation
+    return facts.to_dict() if hasattr(facts, "to_dict") else facts
 
 
 def _pair_of(case: dict, names: dict) -> dict:

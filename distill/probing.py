@@ -158,7 +158,7 @@ def main() -> None:
 def _read_one(request: dict, done: int) -> int:
     """Have one model read its rows, then let it go; returns how many rows are done with these."""
     engine.emit(name=request["name"], done=done)
-    model, tokenizer = load_to_answer(request["path"], request["role"], bits_for(request["bits"]))
+    model, tokenizer = load_to_answer(request["path"], request["role"], bits_for(request["path"], request["bits"]))
     print(f"{request['name']}: on {model.device}")
     for entries in read_rows(model, tokenizer, request["rows"], request.get("batch_tokens", READ_TOKENS)):
         for number, entry in entries.items():

@@ -14,8 +14,9 @@ from . import store
 from .console import in_notebook, say, visible
 from .errors import ConfigError, DataError
 from .metrics import final_answer, reasoning
-from .preference import STUDENT, TEACHER, TIE, in_words, is_equal, pair_hash, pairs_of, share, shares
+from .preference import STUDENT, TEACHER, TIE, facts_of, in_words, is_equal, pair_hash, pairs_of, share, shares
 from .prompt import format_prompt
+from .report import add
 
 SIGNS = {"A": "A", "B": "B", "=": TIE, "-": None}
 SIDES = ("A", "B")
@@ -79,7 +80,8 @@ def rate_answers(
     "ci", "kappa"}, over the pairs that both rated}. Pairs of the same text are not shown.
     Raises ConfigError for signs that are none and for a file with ratings of other answers, DataError where no pair can be rated.
     """
-    found = pairs_of(evaluation, mode)
+    facts = facts_of(evaluation)
+    found = pairs_of(facts, mode)
     chosen = _choose(found["pairs"], pairs, seed)
     signs = parse_ratings(ratings, len(chosen))
     if not signs:
@@ -91,6 +93,7 @@ def rate_answers(
     result = {**about, "ratings": kept, "n": len(kept), **shares([one["verdict"] for one in kept])}
     result["agreement"] = agreement(kept, _judged(preference))
     store.write_json(out, result)
+    add(facts, "ratings", found["mode"], result)
     rated = {one["sha256"] for one in kept}
     missing = [page for page, pair in zip(_pages(chosen), chosen, strict=True) if pair_hash(pair) not in rated]
     more = "To rate the pairs above, add signs to ratings and call again. " if missing else ""

@@ -28,6 +28,7 @@ from .report_words import (
 )
 
 FOR_SCALE = "For scale: FirstSight's Qwen2-VL 8.3B → 2.2B came to 5.16 × the speed, 67.9% less memory and 73.4% fewer parameters."
+PARTS = {"judge": "Pairs judged by a model", "ratings": "Pairs rated blind by a person"}
 PREFERENCE_NAMES = {
     "student": "the student's is better",
     "teacher": "the teacher's is better",
@@ -274,14 +275,13 @@ def _title(facts: dict, name: str) -> str:
 
 
 def _preference_blocks(facts: dict) -> Iterator:
-    for title, found in (("Pairs judged by a model", facts["judge"]), ("Pairs rated blind by a person", facts["ratings"])):
-        if not found:
-            continue
+    by_mode = [(PARTS[part], mode, found) for part in PARTS for mode, found in facts[part].items()]
+    for title, mode, found in by_mode:
         shares = {key: value for key, value in found.items() if isinstance(value, dict) and {"value", "n"} <= set(value)}
         rows = [
             [PREFERENCE_NAMES.get(key, key.replace("_", " ")), f"{value['n']:,}", measured(value, "share")] for key, value in shares.items()
         ]
-        yield Table(title, ["verdict", "n", "share"], rows)
+        yield Table(f"{title}: {SYSTEM_TITLES[mode]}", ["verdict", "n", "share"], rows)
         named = [(key.replace("_", " "), str(value)) for key, value in found.items() if isinstance(value, str | int) and key != "n"]
         yield Terms(named)
 

@@ -3,10 +3,9 @@
 Texts of models and data stand in fences longer than any run of backticks in them; in other places no character of them is markup.
 """
 
-import re
-
 from . import report_blocks as blocks
 from .console import visible
+from .markdown import fenced, plain
 from .report_content import sections
 from .report_top import top
 from .report_words import Cell, count, cut
@@ -14,8 +13,6 @@ from .report_words import Cell, count, cut
 CASES = 5
 TEXT_CHARACTERS = 4_000
 CELL_CHARACTERS = 400
-
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#|~$&!])")
 
 
 def markdown(facts: dict) -> str:
@@ -29,17 +26,6 @@ def markdown(facts: dict) -> str:
     for section in sections(facts):
         lines += [f"## {_plain(section.title)}", "", *_blocks(section.blocks)]
     return "\n".join(lines)
-
-
-def fenced(text: str) -> str:
-    """A text in a fence that nothing in it can close."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def plain(text: str) -> str:
-    """One line of Markdown in which no character is markup."""
-    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
 def _plain(text: str) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
-from . import store, sweep_page
+from . import store
 from .console import say
 from .errors import ConfigError, DataError, DistillError
 from .generation import token_limit
@@ -47,6 +47,8 @@ def run_sweep(preset: str, *, out: str | Path | None = None, fresh: bool = False
             say(f"\ncell {number} of {len(cells)}: {cell.name}")
             done.append(runner.run(cell))
         result = _result(sweep, done, questions, f"python distill_app.py sweep {preset}" + (f" --limit {limit}" if limit else ""))
+        from . import sweep_page  # its plots are no part of importing the lab
+
         sweep_page.show(result)
         return result | {"files": sweep_page.write(result, place)}
 

@@ -3,7 +3,6 @@
 The page needs nothing else and runs nothing; names of models and errors are text in it, whatever they hold.
 """
 
-import json
 import re
 from html import escape
 from io import StringIO
@@ -12,19 +11,12 @@ from pathlib import Path
 from . import console, store
 from .console import say, visible
 from .errors import shortened
+from .markdown import plain
 from .plots import COLOURS, INK, STYLE
 from .report_page import POLICY
+from .sweep_plan import shown
 
 LEGEND = "Shares are of all answers, with their 95% Wilson intervals; stopped: by themselves; seconds: of the training alone."
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#|~$&!])")
-
-
-def shown(value) -> str:
-    """An axis's value as a table shows it: a path by its last name, a window as `0-2`."""
-    if isinstance(value, list):
-        return "-".join(f"{level:g}" for level in value)
-    text = value if isinstance(value, str) else json.dumps(value)
-    return visible(Path(text).name or text)
 
 
 def with_interval(share: dict) -> str:
@@ -142,20 +134,15 @@ def _facts(result: dict) -> list[str]:
 
 def markdown(result: dict) -> str:
     """The tables as Markdown, the plot beside it as sweep.svg."""
-    lines = [f"# Sweep {_plain(result['name'])}", "", *_markdown_table(columns(result), rows(result)), "", f"![{title(result)}](sweep.svg)"]
+    lines = [f"# Sweep {plain(result['name'])}", "", *_markdown_table(columns(result), rows(result)), "", f"![{title(result)}](sweep.svg)"]
     for heading, heads, cells in _sections(result):
         lines += ["", f"## {heading}", "", *_markdown_table(heads, cells)]
-    return "\n".join([*lines, "", *(f"- {_plain(fact)}" for fact in _facts(result)), ""])
+    return "\n".join([*lines, "", *(f"- {plain(fact)}" for fact in _facts(result)), ""])
 
 
 def _markdown_table(heads: list[str], cells: list[list[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *([_plain(cell) for cell in row] for row in cells)]
+    lines = [heads, ["---"] * len(heads), *([plain(cell) for cell in row] for row in cells)]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _plain(text: str) -> str:
-    """One line of Markdown in which no character is markup."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
 # HTML

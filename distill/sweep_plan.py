@@ -15,11 +15,11 @@ from pathlib import Path
 
 from . import store
 from .config import LAB, OTHER_NAMES, TRAINING, resolve
+from .console import visible
 from .data import prepare_system1_dataset
 from .errors import ConfigError, did_you_mean
 from .perturb import PROMPTS
 from .prompt import MODES
-from .sweep_page import shown
 from .traces import prepare_system2_dataset
 
 SWEEPS = store.ROOT / "configs" / "sweeps"
@@ -81,6 +81,14 @@ class Cell:
 
 
 # The preset
+
+
+def shown(value) -> str:
+    """An axis's value as a table shows it: a path by its last name, a window as `0-2`."""
+    if isinstance(value, list):
+        return "-".join(f"{level:g}" for level in value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return visible(Path(text).name or text)
 
 
 def read_sweep(preset: str) -> Sweep:

@@ -194,7 +194,7 @@ def main() -> None:
 def _turn(request: dict, job: dict, runs: int, tell: Callable[[int], None]) -> dict:
     """Load a model and measure it: its facts, and the stamps of its answers, {"single": [stamps of a run], "batched": […]}."""
     tell(0)
-    started, bits = time.perf_counter(), bits_for(request["bits"])
+    started, bits = time.perf_counter(), bits_for(request["path"], request["bits"])
     model, tokenizer = load_to_answer(request["path"], request["role"], bits)
     load_seconds = time.perf_counter() - started
     print(f"{request['name']}: {bits}-bit on {model.device}, loaded in {load_seconds:.1f} s")

@@ -46,8 +46,9 @@ def evaluation(each: int = 20) -> dict:
         "speed_skipped": None,
         "targets": _targets(cases),
         "benchmarks": _benchmarks(),
-        "judge": None,
-        "ratings": None,
+        "judge": {},
+        "ratings": {},
+        "out": "reports/evaluation",
         "extras": [_controls()],
     }
 

@@ -157,7 +157,7 @@ def test_models_are_asked_in_one_subprocess_and_say_what_they_are(teacher, micro
 @pytest.mark.parametrize(("place", "bits"), [("cpu", 32), ("cuda", 16)])
 def test_bits_that_nobody_chose_suit_the_device(place, bits, monkeypatch):
     monkeypatch.setattr(models, "device", lambda: (place, "pretended"))
-    assert [models.bits_for(wanted) for wanted in (None, 8, 32)] == [bits, 8, 32]
+    assert [models.bits_for("acme/model", wanted) for wanted in (None, 8, 32)] == [bits, 8, 32]
 
 
 def test_a_model_that_fails_is_an_error_with_the_log(tmp_path):

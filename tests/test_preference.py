@@ -300,7 +300,8 @@ def evaluation() -> dict:
         for number, text in enumerate(["wrong", "right"])
     ]
     models = {name: {"path": f"folder/{name}"} for name in ("teacher", "s1")}
-    return {"models": models, "systems": {"system1": {"teacher": "teacher", "student": "s1", "cases": cases}}}
+    known = {"judge": {}, "ratings": {}, "out": "reports/evaluation", "made": "now"}
+    return {**known, "models": models, "systems": {"system1": {"teacher": "teacher", "student": "s1", "cases": cases}}}
 
 
 def test_an_evaluation_can_be_judged_as_a_dict_an_object_or_a_file(project):

@@ -25,7 +25,8 @@ def evaluation(texts: list[tuple[str, str]] | None = None) -> dict:
         for n, both in enumerate(texts)
     ]
     models = {name: {"path": f"secret-folder/{name}", "title": f"Secret {name}"} for name in names}
-    return {"models": models, "systems": {"system1": {"teacher": "teacher", "student": "system1", "cases": cases}}}
+    known = {"judge": {}, "ratings": {}, "out": "reports/evaluation", "made": "now"}
+    return {**known, "models": models, "systems": {"system1": {"teacher": "teacher", "student": "system1", "cases": cases}}}
 
 
 def sides(count: int = 10, given: dict | None = None, **settings) -> list[str]:

@@ -123,7 +123,7 @@ def test_pages_show_the_most_different_cases_and_how_many_there_are(whole, page)
 
 def test_judge_and_ratings_stand_in_the_report(whole):
     judged = {"judge": "judge-model", "n": 60, "student": report_sample._share(6, 60), "preferred": {"value": None, "n": 0, "ci": None}}
-    text = Outline(report_page.page({**whole, "judge": judged})).text
+    text = Outline(report_page.page({**whole, "judge": {"system1": judged}})).text
     assert "Pairs judged by a model" in text and "the student's is better" in text and "4.7–20.1" in text and "judge-model" in text
 
 

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each module imports only modules to its left.
 LAYERS = """
     errors guard console store faults hub_cache items copies rotation restore mirror persist stages process packages environment
-    easydistill config prompt metrics intervals leakage perturb quality models students questions generation checkpoint watch resume
-    trainer shapes memory preflight teacher engine machine hub_rows sources endpoint server asking answers scores label selection
-    preparation omnithought data traces own_traces samples backoff train workplace launch textscores probing timing examine diagnosis
-    plots report_words report_blocks report_top report_plots report_content report_page report_markdown report harness replies preference
-    evaluate trace_tools compare_page compare judge rating card publish pace planning microtasks microlab chat pipeline registry
-    sweep_page sweep_plan sweep choice notebook doctor demo cli_data cli_plan cli_evaluate cli_runs cli_publish cli
+    markdown easydistill config prompt metrics intervals leakage perturb quality models students questions generation checkpoint watch
+    resume trainer shapes memory preflight teacher engine machine hub_rows sources endpoint server asking answers scores label
+    selection preparation omnithought data traces own_traces samples backoff train workplace launch textscores probing timing examine
+    diagnosis plots report_words report_blocks report_top report_plots report_content report_page report_markdown report_terminal
+    report harness replies preference evaluate trace_tools compare_page compare judge rating card publish pace planning microtasks
+    microlab chat pipeline registry sweep_plan sweep_page sweep choice notebook doctor demo cli_data cli_plan cli_evaluate cli_runs
+    cli_publish cli
 """.split()  # noqa: SIM905
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from distill import generation, store
 from distill.errors import DataError
+from distill.generation import generate
 from distill.intervals import wilson
 from distill.metrics import final_answer
-from distill.generation import generate
 from distill.models import RUN_RECORD, load_to_train
 from distill.prompt import asked_ids
 from distill.scores import exact_match, score
