@@ -13,6 +13,7 @@ from .textscores import score_groups
 from .timing import measure
 
 TEACHER_BITS = (8, 16)  # that a teacher's speed is measured in
+STUDENT_BITS = 16
 SPEED_BATCH = 8
 
 
@@ -132,13 +133,13 @@ def _references(mode: str, asked: dict[str, list[dict]], answered: dict) -> list
 
 
 def time_answers(panel: list[Examined], asked: dict[str, list[dict]], runs: int, run_folder: Path) -> tuple[dict | None, str | None]:
-    """The speed of the teacher in TEACHER_BITS and of the students; or None and why."""
+    """The speed of the teacher in TEACHER_BITS and of the students in STUDENT_BITS, and which teacher was left out and why."""
     requests, left_out = [], []
     for one in panel:
         prompts = [_question(row) for row in asked[one.modes[0]][:SPEED_BATCH]]
         known = {"path": one.path, "prompts": prompts, "model": one.name}
         if one.role == "after":
-            requests.append({**known, "name": one.name, "role": "student", "bits": None})
+            requests.append({**known, "name": one.name, "role": "student", "bits": STUDENT_BITS})
         for bits in TEACHER_BITS if one.role == "teacher" else ():
             try:
                 teacher_settings(one.path, {"questions": prompts, "max_new_tokens": dict.fromkeys(prompt.MODES, 256)}, bits)

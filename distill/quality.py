@@ -104,10 +104,10 @@ def headline(references: list[str], scored: list[dict]) -> tuple[str, str]:
     words = median(len(reference.split()) for reference in references)
     math_share = sum(each["math_verified"] is not None for each in scored) / len(scored)
     if words <= SHORT_WORDS:
-        return "exact_match", f"the references are short ({words:g} words in the middle)"
+        return "exact_match", f"the references are short (median length in words: {words:g})"
     if math_share >= 0.5:
         return "math_verified", f"{math_share:.0%} of the references hold a result that can be checked"
-    return "token_f1", f"the references are texts ({words:g} words in the middle), which no good answer need equal"
+    return "token_f1", f"the references are texts (median length in words: {words:g}), which no good answer need equal"
 
 
 def beside_teacher(student: list[dict], teacher: list[dict], seed: int = 0) -> tuple[dict, dict]:
@@ -183,7 +183,9 @@ def targets(systems: dict, models: dict, speed: dict | None) -> list[dict]:
 def _quality_target(mode: str, system: dict) -> dict:
     kept = system["retained"][system["headline"]]
     name = "Quality kept, of the teacher's"
-    return _target(name, mode, f"at least {QUALITY:.0%}", kept, "{:.1%}".format, lambda value: value >= QUALITY, system["headline"])
+    return _target(
+        name, mode, f"at least {QUALITY:.0%}", kept, "{:.1%}".format, lambda value: value >= QUALITY, system["headline"].replace("_", " ")
+    )
 
 
 def _reasoning_target(reasoned: dict) -> dict:

@@ -53,8 +53,14 @@ def _asked(facts: dict) -> str:
 def _student(facts: dict, system: dict) -> Student:
     model = facts["models"][system["student"]]
     ratios = [ratio for ratio in (facts["speed"] or {"ratios": []})["ratios"] if ratio["student"] == system["student"]]
+    ratios.sort(key=lambda ratio: ratio["speed"]["value"])  # what counts is the faster teacher
     timed = facts["speed"]["models"].get(system["student"]) if facts["speed"] else None
-    figures = [*_goodness(facts, system), *_pace(ratios, timed, facts["speed_skipped"]), _effort(system), _size(facts, model, ratios)]
+    figures = [
+        *_goodness(facts, system),
+        *_pace(ratios, timed, facts["speed_skipped"]),
+        _effort(system),
+        _size(facts, timed or model, ratios),
+    ]
     named = f"{short_path(model['path'])} · {parameters(model['parameters'])} parameters"
     return Student(system["mode"], model["title"], named, figures, system["diagnosis"])
 
@@ -101,6 +107,7 @@ def _effort(system: dict) -> tuple:
 
 
 def _size(facts: dict, model: dict, ratios: list[dict]) -> tuple:
+    """What its weights take, as it was timed where it was."""
     fewer = saved(1 - model["parameters"] / facts["models"]["teacher"]["parameters"], "fewer")
     less = [f"{saved(ratio['memory_saved'])} than {ratio['teacher']}" for ratio in ratios]
     return "Weights", memory(model["weight_bytes"]), [*less, f"{fewer} parameters"]
