@@ -24,7 +24,14 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="questions a system, drawn by the seed (default: all)")
     parser.add_argument("--before", help="the base model of a checkpoint that the lab did not make")
     parser.add_argument("--mode", choices=MODES, help="how a checkpoint is asked that the lab did not make")
-    parser.add_argument("--max-tokens", type=int, help="limit of an answer (default 256, 1024 for system2)")
+    parser.add_argument("--teacher-bits", type=int, help="of a weight of the teacher (default 8, or 4 where 8 do not fit)")
+    parser.add_argument(
+        "--max-tokens",
+        action="append",
+        default=[],
+        metavar="[SYSTEM=]N",
+        help="limit of an answer (default 256, system2=1024); may be repeated",
+    )
     parser.add_argument("--speed-runs", type=int, default=20, help="answers that each model is timed on; 0 measures no speed (default 20)")
     parser.add_argument(
         "--benchmark",
@@ -44,18 +51,29 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
 def _evaluate(options) -> dict:
     from .evaluate import evaluate_student
 
-    limits = dict.fromkeys(MODES, options.max_tokens) if options.max_tokens else None
-    names = ("teacher", "before", "mode", "limit", "speed_runs", "benchmark_limit", "seed", "out", "fresh")
+    names = ("teacher", "teacher_bits", "before", "mode", "limit", "speed_runs", "benchmark_limit", "seed", "out", "fresh")
     settings = {name: getattr(options, name) for name in names} | {"benchmarks": tuple(options.benchmark)}
-    return evaluate_student(*options.checkpoints, questions=questions_of(options.questions), max_new_tokens=limits, **settings).to_dict()
+    questions = by_mode("--questions", options.questions)
+    limits = by_mode("--max-tokens", options.max_tokens)
+    limits = {
+        mode: _number(limit) for mode, limit in (limits if isinstance(limits, dict) else dict.fromkeys(MODES, limits)).items() if limit
+    }
+    return evaluate_student(*options.checkpoints, questions=questions, max_new_tokens=limits, **settings).to_dict()
 
 
-def questions_of(given: list[str]) -> str | dict | None:
-    """Files of questions from the command line: one for all, or one for each system."""
+def by_mode(option: str, given: list[str]) -> str | dict | None:
+    """What an option says that may be given once for both systems, or as system1=… and system2=…; None where it was not given."""
     named = [entry.partition("=") for entry in given]
-    by_mode = {mode: file for mode, equals, file in named if equals and mode in MODES}
-    if len(by_mode) == len(given):
-        return by_mode or None
+    found = {mode: value for mode, equals, value in named if equals and mode in MODES}
+    if len(found) == len(given):
+        return found or None
     if len(given) > 1:
-        raise ConfigError("--questions: give one file for all, or system1=FILE and system2=FILE.")
+        raise ConfigError(f"{option}: give it once for both systems, or as system1=… and system2=….")
     return given[0]
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"--max-tokens {text}: give a whole number, or system1=N and system2=N.") from error

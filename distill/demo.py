@@ -65,10 +65,9 @@ def _run(seed: int, fresh: bool, started: float) -> dict:
     say(f"\nTraining {len(jobs)} students: the two, and {len(CONTROLS)} controls")
     trained = engine.in_parallel([lambda job=job: run_easy_distill(job, fresh=fresh) for job in jobs.values()])
     checkpoints = {name: result.checkpoint for name, result in zip(jobs, trained, strict=True)}
-    evaluation = _evaluate(checkpoints, _score(checkpoints, fresh), labeled, seed, fresh)
+    scores = _score(checkpoints, fresh)
     _compare(checkpoints, fresh)
-    _show(report := evaluation.to_dict())
-    evaluation.show()
+    _show(report := _evaluate(checkpoints, scores, labeled, seed, fresh))
     say(f"{time.monotonic() - started:.0f} s in all. Report: {store.shown(REPORTS)}/report.html, .md and .json")
     return report
 
@@ -213,7 +212,7 @@ def _score(checkpoints: dict, fresh: bool) -> dict:
     return scores | score(models, questions, WORK, MAX_NEW_TOKENS, BATCH_TOKENS, fresh=fresh)
 
 
-def _evaluate(checkpoints: dict, scores: dict, labeled: Path, seed: int, fresh: bool) -> Evaluation:
+def _evaluate(checkpoints: dict, scores: dict, labeled: Path, seed: int, fresh: bool) -> dict:
     """The report: teacher, students before and after, and the controls; `report.json` holds the demo's own figures too."""
     chance = _chance(labeled)
     evaluation = evaluate_student(
@@ -229,9 +228,9 @@ def _evaluate(checkpoints: dict, scores: dict, labeled: Path, seed: int, fresh: 
         extras=_control_tables(scores, chance),
         fresh=fresh,
     ).to_dict()
-    made = Evaluation({**evaluation, **_figures(checkpoints, scores, evaluation, chance, seed), "command": "make demo"})
-    made.save(REPORTS)
-    return made
+    report = {**evaluation, **_figures(checkpoints, scores, evaluation, chance, seed), "command": "make demo"}
+    Evaluation(report).save(REPORTS)
+    return report
 
 
 def _figures(checkpoints: dict, scores: dict, evaluation: dict, chance: dict, seed: int) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import engine, models, prompt, store, students
 from .config import is_hub_name, model_name
-from .console import say
+from .console import in_notebook, say
 from .diagnosis import diagnose
 from .errors import ConfigError
 from .examine import Examined, ask, score_answers, time_answers
@@ -81,7 +81,7 @@ def evaluate_student(
     evaluation = {
         "schema": 1,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": _command(examined, facts["teacher"]["path"], questions, limit, seed, out),
+        "command": _command(examined, facts["teacher"], questions, limit, limits, speed_runs, seed, out),
         "seed": seed,
         "out": store.shown(out),
         "title": f"{_last_name(facts['teacher']['path'])} → {', '.join(_last_name(student.path) for student in examined)}",
@@ -101,6 +101,9 @@ def evaluate_student(
     for student in examined:
         _register(student, evaluation)
     made.save(out)
+    if not in_notebook():
+        made.show()
+    say(f"Report: {store.shown(out)}/report.html, .md and .json")
     return made
 
 
@@ -213,14 +216,17 @@ def _last_name(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def _command(examined: list[Student], teacher: str, questions, limit: int | None, seed: int, out: Path) -> str:
+def _command(examined: list[Student], teacher: dict, questions, limit: int | None, limits: dict, runs: int, seed: int, out: Path) -> str:
     """The command line that makes this report again."""
-    words = ["python", "distill_app.py", "evaluate", *[store.shown(student.path) for student in examined], "--teacher", teacher]
+    words = ["python", "distill_app.py", "evaluate", *[store.shown(student.path) for student in examined]]
+    words += ["--teacher", teacher["path"], "--teacher-bits", teacher["bits"]]
     files = questions.items() if isinstance(questions, dict) else [(None, questions)] if questions else []
     for mode, file in files:
         words += ["--questions", f"{mode}={store.shown(file)}" if mode else store.shown(file)]
-    words += ["--limit", str(limit)] if limit else []
-    return shlex.join([*words, "--seed", str(seed), "--out", store.shown(out)])
+    for student in examined:
+        words += ["--max-tokens", f"{student.mode}={limits[student.mode]}"]
+    words += ["--limit", limit] if limit else []
+    return shlex.join(map(str, [*words, "--speed-runs", runs, "--seed", seed, "--out", store.shown(out)]))
 
 
 def compare_checkpoints(

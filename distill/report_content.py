@@ -131,6 +131,8 @@ def _speed_blocks(facts: dict) -> Iterator:
         f"on {facts['device']['name']}, {count(facts['device']['threads'], 'thread')}, models in turn ({count(speed['rounds'], 'round')})"
     )
     yield Note(f"{speed['runs']} runs a model after {speed['warm_up']} to warm up, {condition}; greedy, every answer at its full length.")
+    if facts["speed_skipped"]:
+        yield Note(f"Not timed: {facts['speed_skipped']}.")
     rows = [[Cell(_title(facts, ratio["student"]), f"against {ratio['teacher']}"), *_ratio_cells(ratio)] for ratio in speed["ratios"]]
     if rows:
         yield Table("Student against teacher", ["student", "tokens/s", "memory", "parameters"], rows)

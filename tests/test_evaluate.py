@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 import distill_app
-from distill import evaluate, examine, store, students
+from distill import cli_evaluate, evaluate, examine, store, students
+from distill.cli import main
 from distill.diagnosis import diagnose
 from distill.errors import ConfigError
 from distill.models import load_to_train, load_tokenizer
@@ -168,3 +169,23 @@ def test_checkpoints_are_compared_with_the_first_of_them(project, micro):
     found = evaluate.compare_checkpoints(paths, "system1", micro / "heldout.jsonl", limit=20, max_new_tokens=12)
     assert found["whole"]["exact_match"]["value"] > 0.9 and found["whole"]["agreement"] is None
     assert found["untrained"]["agreement"]["value"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [([], None), (["a.json"], "a.json"), (["system1=a", "system2=b"], {"system1": "a", "system2": "b"}), (["system2=b"], {"system2": "b"})],
+)
+def test_an_option_may_be_given_once_or_for_each_system(given, found):
+    assert cli_evaluate.by_mode("--questions", given) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--questions", "a", "--questions", "b"], "--questions: give it once for both systems"),
+        (["--max-tokens", "many"], "--max-tokens many: give a whole number"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_on_the_command_line(project, capsys, arguments, words):
+    assert main(["evaluate", "nowhere", *arguments]) == 1
+    assert words in capsys.readouterr().err

@@ -22,7 +22,7 @@ CELLS = json.loads((ROOT / "notebook.ipynb").read_text(encoding="utf-8"))["cells
 CODE = [(number, "".join(cell["source"])) for number, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 FIELDS = """
     LAB_REPO PERSIST_TO TEACHER_MODEL STUDENT_SYS1 STUDENT_SYS2 FULL_RUN USE_MICRO_WORLD DATASET_SLICE_SYS1 DATASET_SLICE_SYS2 ROWS_SYS2
-    RV_MIN RV_MAX CD_MIN CD_MAX LONG_SHARE EPOCHS_SYS1 EPOCHS_SYS2 BACKEND TEACHER ENDPOINT_URL ENDPOINT_MODEL COMPARE_PROMPTS
+    RV_MIN RV_MAX CD_MIN CD_MAX LONG_SHARE EPOCHS_SYS1 EPOCHS_SYS2 BACKEND TEACHER ENDPOINT_URL ENDPOINT_MODEL COMPARE_PROMPTS RATINGS
 """.split()  # noqa: SIM905
 SECRET = "hf_aSecretThatNobodyMayRead"
 
@@ -515,3 +515,44 @@ def test_the_copy_to_run_in_is_the_project_without_what_runs_made(runner, tmp_pa
     assert (copy / "notebook.ipynb").is_file() and (copy / "data" / "micro" / "teacher").is_dir()
     assert not [path for path in (copy / "data").iterdir() if path.is_file()]
     assert not any((copy / name).exists() for name in (".git", ".venv", ".train-env", "runs", "reports"))
+
+
+# What is asked at the end
+
+
+@pytest.mark.parametrize(
+    ("text", "behind"),
+    [
+        ("train[:1000]", "train[1000:1200]"),
+        ("train[500:1500]", "train[1500:1700]"),
+        ("train[10%:20%]", "train[20%:21%]"),
+        ("train", None),
+        ("train[5:]", None),
+        ("train[:100%]", None),
+        ("train[:-5]", None),
+    ],
+)
+def test_held_out_rows_follow_those_of_the_training(text, behind):
+    from distill.sources import following
+
+    assert following(text, 200) == behind
+
+
+def test_held_out_questions_are_never_rows_of_the_training_slice():
+    chosen = choose(True, True, Wanted(full_run=True))
+    assert chosen.heldout["system1"] == {"slice_str": "train[1000:1200]", "rows": 200, "validation": 0}
+    assert chosen.heldout["system2"]["slice_str"] == "train[20000:21000]" and chosen.evaluation["limit"] == 200
+    assert choose(True, True, Wanted(slice_system1="train")).heldout is None
+    micro = choose(False, False, Wanted())
+    assert set(micro.heldout) == {"system1", "system2"} and all(Path(place).is_file() for place in micro.heldout.values())
+
+
+def test_held_out_files_are_prepared_where_they_have_to_be(project, micro):
+    chosen = choose(True, True, Wanted(slice_system1="train[:300]", slice_system2="train[:50]"))
+    sources = {"system1": str(micro / "distilqwen.parquet"), "system2": str(micro / "omnithought.parquet")}
+    heldout = {mode: {**given, "source": sources[mode], "rows": 5} for mode, given in chosen.heldout.items()}
+    heldout["system2"] |= {"student_model": str(micro / "student_system2")}
+    places = notebook.prepare_heldout(replace(chosen, heldout=heldout))
+    assert [Path(place).name for place in places.values()] == ["heldout_system1.json", "heldout_system2.json"]
+    assert [len(list(store.read_rows(place))) for place in places.values()] == [5, 5]
+    assert notebook.prepare_heldout(replace(chosen, heldout=None)) is None
