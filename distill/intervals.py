@@ -27,7 +27,8 @@ def wilson(right: int, n: int) -> dict:
     share, spread = right / n, Z_95**2 / n
     middle = (share + spread / 2) / (1 + spread)
     half = Z_95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return {"value": share, "n": n, "ci": [max(0.0, middle - half), min(1.0, middle + half)]}
+    low, high = (middle - half if right else 0.0), (middle + half if right < n else 1.0)  # which rounding would miss by a hair
+    return {"value": share, "n": n, "ci": [max(0.0, low), min(1.0, high)]}
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> dict:

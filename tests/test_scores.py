@@ -1,4 +1,4 @@
-"""The scoring core: intervals, extraction of the final answer, exact match, batched generation."""
+"""The scoring core: exact match and batched generation."""
 
 import shutil
 
@@ -7,46 +7,9 @@ import pytest
 from distill import generation, store
 from distill.errors import DataError
 from distill.generation import generate
-from distill.intervals import wilson
-from distill.metrics import final_answer
 from distill.models import RUN_RECORD, load_to_train
 from distill.prompt import asked_ids
 from distill.scores import exact_match, score
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 200), (1, 7), (5, 10), (194, 200), (200, 200)])
-def test_wilson_bounds_solve_the_score_equation(right, n):
-    """Each bound b is where the observed share lies 1.96 standard errors of b away: (share - b)² = z² b (1 - b) / n."""
-    score = wilson(right, n)
-    assert (score["value"], score["n"]) == (right / n, n)
-    low, high = score["ci"]
-    assert 0 <= low < high <= 1 and low - 1e-12 <= right / n <= high + 1e-12
-    for bound in (low, high):
-        assert (right / n - bound) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / n, abs=1e-9)
-
-
-def test_wilson_interval_of_five_in_ten_is_the_published_one():
-    assert wilson(5, 10)["ci"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
-
-
-@pytest.mark.parametrize(("right", "n"), [(1, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_impossible_counts(right, n):
-    with pytest.raises(DataError):
-        wilson(right, n)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (" 42 ", "42"),
-        ("<think>\n6*7=42\n</think>\n\n42", "42"),
-        ("<think>\nfirst </think> then\n</think>\n\n42\n", "42"),
-        ("<think>\n6*7=42 and never an end", ""),
-        ("", ""),
-    ],
-)
-def test_final_answer_is_what_stands_behind_the_reasoning(text, answer):
-    assert final_answer(text) == answer
 
 
 def test_exact_match_counts_by_family():
