@@ -10,12 +10,12 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from . import checkpoint, store
+from . import checkpoint, markdown, store
 from .config import is_hub_name
 from .console import say, visible
 from .errors import ConfigError, shortened, without_secrets
 from .generation import MAX_NEW_TOKENS
-from .models import RUN_RECORD
+from .models import RUN_RECORD, fingerprint
 from .prompt import format_prompt
 
 CARD = "README.md"
@@ -39,8 +39,15 @@ _QWEN = re.compile(r"Qwen/Qwen2\.5-(0\.5B|1\.5B|3B|7B|14B|32B|72B)(-Instruct)?")
 _QWEN_OTHER = {"3B": "qwen-research", "72B": "qwen"}  # all other sizes: Apache-2.0
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PLACES = ("out_dir", "config_path", "labeled_path")
-_PLACE = re.compile(r"(?<![\w:/.\\])(?:file://)?(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\"`,;|<>()]+){2,}[/\\]?")
-_MARKUP = re.compile(r"[\\`*{}\[\]<>#|~&$@!:^]|(?<!\w)_|_(?!\w)|(?<=www)\.", re.IGNORECASE)
+# a path: of this machine's root, a home, a drive, a network (\\server), or upwards from somewhere; its folders' names may hold spaces
+_NAME = r"[^\s/\\'\"`,;|<>()]+"
+_SPACED = rf"{_NAME}(?: {_NAME}){{0,3}}"
+_STEP = rf"/{_SPACED}(?=/)|\\{_SPACED}(?=\\)|[/\\]{_NAME}"
+_PLACE = re.compile(rf"(?<![\w:/.\\])(?:\.\.(?:{_STEP})|(?:file://)?(?:~\w*|[A-Za-z]:|[/\\])?(?:{_STEP}){{2}})(?:{_STEP})*[/\\]?")
+_WHOLE_PLACE = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\\w|(?:[\w.-]+[\\/])*\.\.[\\/]")
+_HOME = re.compile(r"~(?:[A-Za-z]\w*)?|(?:[A-Za-z]:)?/(?:.*/)?(?:home|Users)/[^/]+")
+_MARK = re.compile(r"\n<!-- as the lab wrote it: ([0-9a-f]{64}) -->\n\Z")
+_TITLE, _CODE_NAME = re.compile(r"^# .*", re.MULTILINE), re.compile(r"^name = \".*(?=  # a folder, or a name on the hub$)", re.MULTILINE)
 
 
 def write_model_card(path: str | Path, evaluation=None, *, license: str | None = None, out: str | Path | None = None) -> str:
@@ -85,7 +92,7 @@ def compose(folder: Path, record: dict, evaluation=None, license: str | None = N
     rows = _provenance(record)
     metadata = _metadata(folder, record, rows, scores, license)
     sections = [
-        f"# {plain(name or folder.name)}",
+        _title(name or folder.name),
         _summary(record),
         *(["## Quantised", _quantised(record["export"])] if "export" in record else []),
         "## Use",
@@ -99,7 +106,35 @@ def compose(folder: Path, record: dict, evaluation=None, license: str | None = N
         "## Reproduce",
         _reproduction(record),
     ]
-    return str(ModelCard("\n\n".join([f"---\n{metadata.to_yaml(line_break=chr(10))}\n---", *sections]) + "\n"))
+    return _marked(str(ModelCard("\n\n".join([f"---\n{metadata.to_yaml(line_break=chr(10))}\n---", *sections]) + "\n")))
+
+
+def _marked(content: str) -> str:
+    """A card with a last line, not shown, that tells whether somebody edited it."""
+    return f"{content}\n<!-- as the lab wrote it: {store.hash_json(content)} -->\n"
+
+
+def is_unedited(content: str) -> bool:
+    """Whether a card is as the lab wrote it."""
+    mark = _MARK.search(content)
+    return bool(mark) and mark[1] == store.hash_json(content[: mark.start()])
+
+
+def renamed(content: str, name: str) -> str:
+    """A card whose title and code name the model `name`, such as its name on the hub; one that somebody edited as it is."""
+    if not is_unedited(content):
+        return content
+    head, end, body = _MARK.sub("", content).partition("\n---\n")
+    body = _TITLE.sub(lambda _: _title(name), body, count=1)
+    return _marked(head + end + _CODE_NAME.sub(lambda _: _code_name(name), body, count=1))
+
+
+def _title(name: str) -> str:
+    return f"# {plain(name)}"
+
+
+def _code_name(name: str) -> str:
+    return f"name = {json.dumps(visible(name))}"
 
 
 def problems(content: str) -> list[str]:
@@ -127,7 +162,8 @@ def _scores(folder: Path, record: dict, evaluation) -> dict:
     if not isinstance(models, dict) or not isinstance(found.get("systems"), dict):
         raise ConfigError("The evaluation names no models and systems. Give what `evaluate` wrote, reports/evaluation/report.json.")
     mine = [name for name, model in models.items() if model["role"] == "after" and store.resolve(model["path"]) == folder]
-    if not mine or mode not in models[mine[0]]["quality"]:
+    # at its place by now may stand another model than the one that was measured
+    if not mine or models[mine[0]].get("fingerprint") != fingerprint(str(folder)) or mode not in models[mine[0]]["quality"]:
         others = ", ".join(public(model["path"]) for model in models.values())
         raise ConfigError(f"The evaluation is of other models than {store.shown(folder)}: {others}. Evaluate this checkpoint.")
     system = found["systems"].get(mode) or {}
@@ -162,13 +198,17 @@ def _format(record: dict) -> str | None:
 
 
 def public(name) -> str:
-    """A model or data set as a stranger may see it: its name on the hub, or the last name of its place.
+    """A model or data set as a stranger may see it: its name on the hub, or the last name of its place, "~" for
+    a home folder, which bears its owner's name.
 
     >>> public("/home/me/models/mine")
     'mine'
     """
     name = shortened(visible(str(name)))
-    return name if len(name) < 100 and is_hub_name(name) else name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    if len(name) < 100 and is_hub_name(name):
+        return name
+    place = name.replace("\\", "/").rstrip("/")
+    return "~" if _HOME.fullmatch(place) else place.rpartition("/")[2]
 
 
 def for_strangers(value):
@@ -184,7 +224,7 @@ def for_strangers(value):
     if not isinstance(value, str):
         return value
     value = without_secrets(value)
-    if re.match(r"[/~]|[A-Za-z]:[\\/]", value):
+    if _WHOLE_PLACE.match(value):
         return public(value)
     value = value.replace(f"{store.ROOT}/", "")  # whatever its name holds, spaces too
     return _PLACE.sub(lambda found: public(found[0]), value)
@@ -192,7 +232,7 @@ def for_strangers(value):
 
 def plain(text) -> str:
     """A text of others for a line of Markdown: shown as it is, never rendered."""
-    return _MARKUP.sub(lambda found: f"\\{found[0]}", shortened(visible(str(for_strangers(str(text))))))
+    return markdown.plain(shortened(visible(str(for_strangers(str(text))))))
 
 
 # The metadata
@@ -292,7 +332,7 @@ def _usage(record: dict, name: str) -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = {json.dumps(visible(name))}  # a folder, or a name on the hub
+{_code_name(name)}  # a folder, or a name on the hub
 tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
 question = [{{"role": "user", "content": {asked}}}]
 asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(model.device)
@@ -341,13 +381,17 @@ def _results(scores: dict) -> str:
         if quality["student"].get(key)
     ]
     questions = scores["system"].get("questions", {})
-    source, removed = (
-        plain(public(questions.get("source") or "held out")),
-        (questions.get("leakage") or {}).get("removed", "an unknown number"),
-    )
-    asked = f"Held-out questions of {source}; {removed} near-duplicates of training rows were removed. In brackets: 95% intervals."
+    source, checked = plain(public(questions.get("source") or "held out")), _checked(questions.get("leakage") or {})
+    asked = f"Held-out questions of {source}; near-duplicates of training rows: {checked}. In brackets: 95% intervals."
     table = _table(["", "n", "this student", "before training", "teacher", "student / teacher"], rows)
     return "\n\n".join([asked, table, *_speed_lines(scores)])
+
+
+def _checked(leakage: dict) -> str:
+    """How many questions were near-duplicates of training rows, and what they were compared with."""
+    if leakage.get("checked_against") is None:
+        return f"not checked: {plain(leakage.get('why_unchecked') or 'the evaluation says nothing of it')}"
+    return f"{plain(leakage['removed'])} removed, {plain(leakage['checked_against'])} training rows looked at"
 
 
 def _speed_lines(scores: dict) -> list[str]:

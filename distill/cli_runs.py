@@ -22,7 +22,7 @@ def _runs(options) -> dict:
 def _add_sweep(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("sweep", help="train and score a small grid of students; one table and plot")
     parser.add_argument("preset", help="a name in configs/sweeps, e.g. micro_system1, or a JSON file")
-    parser.add_argument("--out", metavar="FOLDER", help="where the report goes (default reports/sweep/NAME)")
+    parser.add_argument("--out", metavar="FOLDER", help="where the report goes (default reports/sweep/NAME, with --limit NAME-limit-N)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N held-out questions of each family alone")
     add_fresh(parser)
     parser.set_defaults(run=_sweep)

@@ -73,9 +73,9 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 def table(title: str, columns: list[str], rows: list[list], justify: str = "right") -> None:
     """Print a table; all but the first column are aligned to the right, or as `justify` says."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown = Table(title=_plain(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
-        shown.add_column(column, justify=justify if number else "left", overflow="fold")
+        shown.add_column(_plain(column), justify=justify if number else "left", overflow="fold")
     for row in rows:
         shown.add_row(*[_plain(cell) for cell in row])
     console.print(shown)

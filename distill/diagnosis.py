@@ -20,10 +20,12 @@ def diagnose(quality: dict, before: dict | None, comparisons: dict, facts: dict)
     comparisons  {"retained": {metric: {"value", "n", "ci"}}, "against_before": {metric: {"value", "n", "ci", "p"}}}; exact match has
                  "mcnemar" there too
     facts        {"template_differs": whether its chat template is another than the one it was trained with, None where nobody knows;
-                 "limit_tokens": the most that an answer may take; "vocabulary": tokens that it knows; "mode": "system1" or "system2"}
+                 "limit_tokens": the most that an answer may take; "vocabulary": tokens that it knows; "mode": "system1" or "system2"} and,
+                 where it is so, "not_finite": True, its forward passes give NaN or infinity
     One fault brings others with it: mend the first and evaluate again.
     """
     found = [
+        _not_finite(quality, facts),
         _template(facts),
         _chance(quality, facts),
         _never_stops(quality, facts),
@@ -33,6 +35,17 @@ def diagnose(quality: dict, before: dict | None, comparisons: dict, facts: dict)
         _no_better(before, comparisons),
     ]
     return [fault for fault in found if fault]
+
+
+def _not_finite(quality: dict, facts: dict) -> dict | None:
+    if not facts.get("not_finite"):
+        return None
+    return _fault(
+        "Its weights are not finite.",
+        f"Its forward passes give NaN or infinity where probabilities should be. Exact match is {_share(quality['exact_match'])}.",
+        "Lower learning_rate and train anew, or go back to a checkpoint from before the loss in metrics.jsonl ceased to be a number; where "
+        "it never did, the file was damaged behind the training: export or copy it again.",
+    )
 
 
 def _template(facts: dict) -> dict | None:

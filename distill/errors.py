@@ -3,8 +3,14 @@
 import re
 from difflib import get_close_matches
 
-# a user name and password in an address, whole or as a path's normal form; a key of the hub's or of OpenAI's form
-_SECRETS = ((re.compile(r"(?<=:/)(/?)\S*@"), r"\1***@"), (re.compile(r"\b(?:hf_\w{16,}|sk-[\w-]{16,})"), "***"))
+# a user name and password in an address, whole or as a path's normal form; a token in their place; a key of the hub's, of OpenAI's, of
+# GitHub's or of AWS's form. An @ after the host, as in https://medium.com/@me/post, is none of these;
+# 300 characters bound the time that a hostile text takes
+_SECRETS = (
+    (re.compile(r"(:/{1,2})[^\s/:@\"]*:(?!\d+[/?#\"])\S{0,300}@"), r"\1***@"),
+    (re.compile(r"(https?:/{1,2})[^\s/:@]+@"), r"\1***@"),
+    (re.compile(r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[oprsu]_\w{16,}|github_pat_\w{16,}|A[KS]IA[0-9A-Z]{16})"), "***"),
+)
 
 
 class DistillError(Exception):

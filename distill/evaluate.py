@@ -6,23 +6,23 @@ System 1 is asked plainly, system 2 with the sentence that asks for reasoning.
 
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from . import engine, models, prompt, store, students
+from . import engine, models, store, students
 from .config import is_hub_name, model_name
 from .console import in_notebook, say
 from .diagnosis import diagnose
-from .errors import ConfigError
-from .examine import Examined, ask, score_answers, time_answers
+from .examine import Examined, ask, references_read, score_answers, time_answers
 from .generation import BATCH_TOKENS, MAX_NEW_TOKENS
-from .harness import run_benchmarks
+from .harness import check_benchmarks, run_benchmarks
 from .models import check_student
+from .panel import TITLES, check_arguments, panel_of, students_of
 from .quality import beside_before, beside_teacher, cases, headline, quality, targets
 from .questions import Questions, drawn, questions_for, read_questions
 from .report import Evaluation
-from .students import Student, student_at
+from .students import Student
 
-TITLES = {"system1": "System-1 student", "system2": "System-2 student"}
 SPEED_RUNS = 20
 
 
@@ -64,90 +64,85 @@ def evaluate_student(
     Questions that training saw, or near-duplicates of them, are removed and counted (`leakage`).
     Raises ConfigError for what cannot be examined, DataError for a file without usable questions, BackendError with the log's end.
     """
-    examined = _students(checkpoints, mode, before)
+    check_arguments(seed, limit, teacher_bits, speed_runs, max_new_tokens)
+    if benchmarks:
+        check_benchmarks(benchmarks, benchmark_limit)
+    examined = students_of(checkpoints, mode, before)
     out, run_folder = store.resolve(out), store.ROOT / "runs" / "evaluate"
     store.check_writable(out / "report.json")
     asked = {student.mode: questions_for(student, questions, limit, seed) for student in examined}
     rows = {mode: one.rows for mode, one in asked.items()}
-    panel = _panel(examined, teacher, teacher_bits)
+    panel = panel_of(examined, teacher, teacher_bits)
     limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
     with store.lock(run_folder):
         answered = ask(panel, rows, limits, batch_tokens, run_folder, fresh)
         scored, bleu, versions = score_answers(panel, rows, answered, run_folder, fresh)
         speed, skipped = time_answers(panel, rows, speed_runs, run_folder) if speed_runs else (None, "it was not asked for")
-    measured = {one.name: _benchmarks(one, benchmarks, benchmark_limit) for one in panel if benchmarks and one.role != "before"}
-    facts = {one.name: _model_facts(one, answered[one.name], scored, bleu, seed) for one in panel}
-    systems = {student.mode: _system(student, asked[student.mode], scored, facts, limits, seed) for student in examined}
-    evaluation = {
-        "schema": 1,
-        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": _command(examined, facts["teacher"], questions, limit, limits, speed_runs, seed, out),
-        "seed": seed,
-        "out": store.shown(out),
-        "title": f"{_last_name(facts['teacher']['path'])} → {', '.join(_last_name(student.path) for student in examined)}",
-        "device": _device(answered["teacher"]),
-        "versions": {**answered["teacher"]["versions"], **versions},
-        "models": facts,
-        "systems": systems,
-        "speed": speed,
-        "speed_skipped": skipped,
-        "targets": targets(systems, facts, speed),
-        "benchmarks": measured,
-        "judge": {},
-        "ratings": {},
-        "extras": list(extras),
+    judged = {mode: headline([row["answer"] for row in rows[mode]], scored["teacher", mode]) for mode in rows}
+    vocabularies = {one.name: store.hash_json(models.load_tokenizer(one.path, one.role).get_vocab()) for one in panel}
+    facts = {
+        name: _model_facts(one, answered[name], scored, bleu, judged, vocabularies[name] == vocabularies["teacher"], seed)
+        for name, one in ((one.name, one) for one in panel)
     }
-    made = Evaluation(evaluation)
+    systems = {student.mode: _system(student, asked[student.mode], scored, facts, judged, limits, seed) for student in examined}
+    made = Evaluation(
+        {
+            "schema": 1,
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": _command(examined, facts["teacher"], questions, limit, limits, speed_runs, benchmarks, benchmark_limit, seed, out),
+            "seed": seed,
+            "out": store.shown(out),
+            "title": f"{_last_name(facts['teacher']['path'])} → {', '.join(_last_name(student.path) for student in examined)}",
+            "device": _device(answered["teacher"]),
+            "versions": {**answered["teacher"]["versions"], **versions},
+            "models": facts,
+            "systems": systems,
+            "speed": speed,
+            "speed_skipped": skipped,
+            "targets": targets(systems, facts, speed),
+            "benchmarks": {},
+            "judge": {},
+            "ratings": {},
+            "extras": list(extras),
+        }
+    )
+    _publish(made, examined, out)
+    for name, one, system in _benchmarked(panel) if benchmarks else ():
+        say(f"{name}: {', '.join(benchmarks)}")
+        found = run_benchmarks(one.path, list(benchmarks), limit=benchmark_limit, mode=system)
+        made.facts["benchmarks"][name] = {**found["tasks"], "versions": found["versions"], "command": found["command"]}
+        made.save(out)
+    return made
+
+
+def _publish(made: Evaluation, examined: list[Student], out: Path) -> None:
+    """Write the report, leave the scores with the runs that they are of, and show what a reader wants first."""
     for student in examined:
-        _register(student, evaluation)
+        _register(student, made.facts)
     made.save(out)
     if not in_notebook():
         made.show()
     say(f"Report: {store.shown(out)}/report.html, .md and .json")
-    return made
 
 
-def _students(checkpoints: tuple, mode: str | None, before: str | Path | None) -> list[Student]:
-    """The students to examine, System 1 first."""
-    if not checkpoints:
-        raise ConfigError("There is no student to evaluate: give the folder that a distillation returned, or two of them.")
-    found = [student_at(path, mode, before) for path in checkpoints]
-    modes = [student.mode for student in found]
-    if len(set(modes)) < len(modes):
-        raise ConfigError(f"{len(modes)} students of {modes[0]}: one report takes one of each system. Evaluate them one by one.")
-    if unknown := [student.path for student in found if not student.before]:
-        raise ConfigError(f"{store.shown(unknown[0])} does not say what it was before its training. Give before = its base model.")
-    return sorted(found, key=lambda student: prompt.MODES.index(student.mode))
-
-
-def _panel(examined: list[Student], teacher: str | None, bits: int | None) -> list[Examined]:
-    """Everybody who is asked: the teacher, then each student as it was and as it is."""
-    name = teacher or examined[0].record.get("job", {}).get("models", {}).get("teacher")
-    if not name:
-        raise ConfigError("The students do not say who their teacher is. Give teacher = its folder or hub name.")
-    path = model_name(name)
-    models.check_model(path, "teacher")
-    panel = [Examined("teacher", "teacher", "Teacher", path, tuple(student.mode for student in examined), bits)]
-    for student in examined:
-        check_student(student.before)
-        title = TITLES[student.mode]
-        panel.append(Examined(f"before_{student.mode}", "before", f"{title} before", student.before, (student.mode,)))
-        panel.append(Examined(student.mode, "after", title, student.path, (student.mode,)))
-    return panel
-
-
-def _benchmarks(one: Examined, tasks: tuple[str, ...], limit: int | None) -> dict:
-    """A model's scores on public benchmarks, by task."""
-    say(f"{one.title}: {', '.join(tasks)}")
-    return run_benchmarks(one.path, list(tasks), limit=limit, mode=one.modes[-1])["tasks"]
+def _benchmarked(panel: list[Examined]) -> Iterator[tuple[str, Examined, str]]:
+    """(name in the report, model, mode) of all that benchmarks are put to: each student, and the teacher asked as each of them is."""
+    for one in panel:
+        if one.role == "after":
+            yield one.name, one, one.modes[0]
+        for mode in one.modes if one.role == "teacher" else ():
+            yield f"teacher, asked as {TITLES[mode]}", one, mode
 
 
 # The report's parts
 
 
-def _model_facts(one: Examined, answered: dict, scored: dict, bleu: dict, seed: int) -> dict:
-    """The report's entry of one model, with its quality in each mode."""
-    teachers = {mode: None if one.role == "teacher" else scored["teacher", mode] for mode in one.modes}
+def _model_facts(one: Examined, answered: dict, scored: dict, bleu: dict, judged: dict, alike: bool, seed: int) -> dict:
+    """The report's entry of one model, with its quality in each mode.
+
+    alike  whether it cuts text into the same tokens as the teacher, so that next tokens can be compared
+    """
+    teachers = {mode: scored["teacher", mode] if one.role != "teacher" and alike else None for mode in one.modes}
     return {
         "name": one.name,
         "role": one.role,
@@ -158,19 +153,24 @@ def _model_facts(one: Examined, answered: dict, scored: dict, bleu: dict, seed: 
         "weight_bytes": answered["weight_bytes"],
         "disk_bytes": sum(file.stat().st_size for file in models.local_folder(one.path).glob("*.safetensors")),
         "bits": answered["bits"],
-        "quality": {mode: quality(scored[one.name, mode], bleu[one.name, mode], teachers[mode], seed) for mode in one.modes},
+        "fingerprint": models.fingerprint(one.path),
+        "same_tokens": alike,
+        "quality": {
+            mode: quality(scored[one.name, mode], bleu[one.name, mode], teachers[mode], judged[mode][0], seed) for mode in one.modes
+        },
     }
 
 
-def _system(student: Student, asked: Questions, scored: dict, facts: dict, limits: dict, seed: int) -> dict:
+def _system(student: Student, asked: Questions, scored: dict, facts: dict, judged: dict, limits: dict, seed: int) -> dict:
     """The report's entry of one system."""
     mode, before = student.mode, f"before_{student.mode}"
     own, teacher, former = (scored[name, mode] for name in (mode, "teacher", before))
-    metric, reason = headline([row["answer"] for row in asked.rows], teacher)
+    metric, reason = judged[mode]
     kept, differences = beside_teacher(own, teacher, seed)
     gained = beside_before(own, former, seed)
     tokenizer = models.load_tokenizer(student.path)
     known = {
+        "not_finite": any(each["reference"] for each in teacher) and not any(each["reference"] for each in own),
         "template_differs": students.template_differs(student, tokenizer),
         "limit_tokens": limits[mode],
         "vocabulary": len(tokenizer),
@@ -184,6 +184,7 @@ def _system(student: Student, asked: Questions, scored: dict, facts: dict, limit
         "teacher": "teacher",
         "headline": metric,
         "headline_reason": reason,
+        "references_read": references_read(asked.rows, mode),
         "questions": asked.facts,
         "retained": kept,
         "against_teacher": differences,
@@ -198,7 +199,7 @@ def _system(student: Student, asked: Questions, scored: dict, facts: dict, limit
 
 def _register(student: Student, evaluation: dict) -> None:
     """Leave the scores in the run's folder, where `runs` finds them."""
-    if not student.run_folder:
+    if not student.run_folder or "export" in student.record:  # a quantised copy's scores are not those of the run
         return
     system, mode = evaluation["systems"][student.mode], student.mode
     kept = {name: system[name] for name in ("retained", "headline", "questions", "against_before", "diagnosis")}
@@ -216,16 +217,32 @@ def _last_name(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def _command(examined: list[Student], teacher: dict, questions, limit: int | None, limits: dict, runs: int, seed: int, out: Path) -> str:
+def _command(
+    examined: list[Student],
+    teacher: dict,
+    questions,
+    limit: int | None,
+    limits: dict,
+    runs: int,
+    benchmarks: tuple[str, ...],
+    benchmark_limit: int | None,
+    seed: int,
+    out: Path,
+) -> str:
     """The command line that makes this report again."""
     words = ["python", "distill_app.py", "evaluate", *[store.shown(student.path) for student in examined]]
     words += ["--teacher", teacher["path"], "--teacher-bits", teacher["bits"]]
+    if not examined[0].record:
+        words += ["--mode", examined[0].mode, "--before", examined[0].before]
     files = questions.items() if isinstance(questions, dict) else [(None, questions)] if questions else []
     for mode, file in files:
         words += ["--questions", f"{mode}={store.shown(file)}" if mode else store.shown(file)]
     for student in examined:
         words += ["--max-tokens", f"{student.mode}={limits[student.mode]}"]
     words += ["--limit", limit] if limit else []
+    for task in benchmarks:
+        words += ["--benchmark", task]
+    words += ["--benchmark-limit", benchmark_limit] if benchmark_limit else []
     return shlex.join(map(str, [*words, "--speed-runs", runs, "--seed", seed, "--out", store.shown(out)]))
 
 
@@ -257,4 +274,5 @@ def compare_checkpoints(
         scored, bleu, _ = score_answers(panel, rows, answered, run_folder, False)
     first = panel[0].name
     others = {one.name: scored[first, mode] if one.name != first else None for one in panel}
-    return {name: quality(scored[name, mode], bleu[name, mode], others[name], seed) for name in paths}
+    metric, _ = headline([row["answer"] for row in rows[mode]], scored[first, mode])
+    return {name: quality(scored[name, mode], bleu[name, mode], others[name], metric, seed) for name in paths}

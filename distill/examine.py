@@ -1,13 +1,15 @@
 """Ask, read and time several models on the same questions, in subprocesses, one model in memory at a time; what is known is kept."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from . import prompt
 from .answers import ask_once
 from .console import say
-from .errors import PreflightError
+from .errors import BackendError, ConfigError, DataError, DistillError, PreflightError, shortened
 from .machine import teacher_settings
+from .models import stored_bits
 from .probing import probe_all
 from .textscores import score_groups
 from .timing import measure
@@ -121,32 +123,69 @@ def _read(panel: list[Examined], asked: dict[str, list[dict]], answered: dict, r
     return {(one.name, mode): (references[one.name][mode], own[one.name][mode]) for one in panel for mode in one.modes}
 
 
+def references_read(rows: list[dict], mode: str) -> str:
+    """Whose texts perplexity and agreement are read over, in words."""
+    own = sum(bool(row.get("output")) for row in rows)
+    if mode == "system1" or own == len(rows):
+        return "the reference answers"
+    return "the teacher's own answers" if not own else f"the reference answers of {own:,} questions, the teacher's own of the others"
+
+
 def _references(mode: str, asked: dict[str, list[dict]], answered: dict) -> list[str]:
-    """What is read for perplexity and agreement: whole reference answers; where a row has its result alone, System 2's is the teacher's.
+    """What is read for perplexity and agreement: reference answers; where a row has its result alone, System 2's is the teacher's.
 
     answered  the teacher's answers, or those of the model that the others are compared with
     """
-    return [
-        row.get("output") or (row["answer"] if mode == "system1" else answer["text"] if answer["stopped"] else "")
-        for row, answer in zip(asked[mode], answered["answers"][mode], strict=True)
-    ]
+    if mode == "system1":
+        return [row["answer"] for row in asked[mode]]
+    given = zip(asked[mode], answered["answers"][mode], strict=True)
+    return [row.get("output") or (answer["text"] if answer["stopped"] else "") for row, answer in given]
 
 
 def time_answers(panel: list[Examined], asked: dict[str, list[dict]], runs: int, run_folder: Path) -> tuple[dict | None, str | None]:
-    """The speed of the teacher in TEACHER_BITS and of the students in STUDENT_BITS, and which teacher was left out and why."""
-    requests, left_out = [], []
+    """The speed of the teacher and the students, all on the same questions, and what was left out of it and why.
+
+    Where measuring fails there is no speed, but the answers before it, which took hours, are not lost.
+    """
+    prompts, requests, left_out = _timed_questions(asked), [], []
+    needs = {"questions": prompts, "max_new_tokens": dict.fromkeys(prompt.MODES, 256), "batch_size": SPEED_BATCH}
+
+    def leave_out(why: str) -> None:
+        left_out.append(why)
+        say(f"not timed: {why}")
+
     for one in panel:
-        prompts = [_question(row) for row in asked[one.modes[0]][:SPEED_BATCH]]
         known = {"path": one.path, "prompts": prompts, "model": one.name}
         if one.role == "after":
             requests.append({**known, "name": one.name, "role": "student", "bits": STUDENT_BITS})
-        for bits in TEACHER_BITS if one.role == "teacher" else ():
+        for bits in _teacher_bits(one.path) if one.role == "teacher" else ():
             try:
-                teacher_settings(one.path, {"questions": prompts, "max_new_tokens": dict.fromkeys(prompt.MODES, 256)}, bits)
+                teacher_settings(one.path, needs, bits)
             except PreflightError as error:
-                left_out.append(f"the teacher in {bits} bits: {str(error).splitlines()[0]}")
-                say(f"not timed: {left_out[-1]}")
+                leave_out(f"the teacher in {bits} bits: {_in_a_line(error)}")
             else:
                 requests.append({**known, "name": f"teacher {bits}-bit", "role": "teacher", "bits": bits})
-    speed = measure(requests, run_folder, runs=runs, batch_size=SPEED_BATCH)
+    try:
+        speed = measure(requests, run_folder, runs=runs, batch_size=SPEED_BATCH)
+    except (ConfigError, DataError, PreflightError, BackendError) as error:
+        speed = None
+        leave_out(_in_a_line(error))
     return speed, "; ".join(left_out) or None
+
+
+def _timed_questions(asked: dict[str, list[dict]]) -> list[dict]:
+    """The shortest questions of the systems in turn, each asked as its own system is: what every model is timed on."""
+    by_length = [sorted(map(_question, rows), key=lambda each: len(each["instruction"] + each["input"])) for rows in asked.values()]
+    return [each for together in zip_longest(*by_length) for each in together if each][:SPEED_BATCH]
+
+
+def _teacher_bits(path: str) -> tuple[int, ...]:
+    """TEACHER_BITS, or those alone that a teacher was stored in."""
+    stored = stored_bits(path)
+    return (stored,) if stored else TEACHER_BITS
+
+
+def _in_a_line(error: DistillError) -> str:
+    """An error's first line and, where it goes on, its last, which holds the reason where that is the end of a log."""
+    lines = str(error).splitlines()
+    return shortened(" ".join(dict.fromkeys((lines[0], lines[-1]))), 500).rstrip(".")

@@ -4,6 +4,7 @@ import glob
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -61,8 +62,7 @@ def run_benchmarks(
     with the log's end where the harness leaves no result.
     """
     path = model_name(path)
-    if problems := _problems(tasks, limit, mode, batch_size):
-        raise ConfigError.from_problems("the benchmarks", problems)
+    check_benchmarks(tasks, limit, mode, batch_size)
     models.check_student(path)
     settings = {"limit": limit, "mode": mode, "batch_size": batch_size}
     settings |= {"include_path": str(store.resolve(include_path)) if include_path else None}
@@ -96,7 +96,8 @@ def write_heldout_task(questions: str | Path, mode: str, folder: str | Path) -> 
     return name
 
 
-def _problems(tasks: list[str], limit: int | None, mode: str | None, batch_size: int) -> list[str]:
+def check_benchmarks(tasks: Iterable[str], limit: int | None = None, mode: str | None = None, batch_size: int = BATCH_ROWS) -> None:
+    """Raise ConfigError for names and numbers that cannot be, all of them at once; whether a task is known only the harness can tell."""
     problems = [] if tasks else [f"tasks = {tasks!r}: name at least one, e.g. {', '.join(PUBLIC)}."]
     for task in tasks:
         if not isinstance(task, str) or not re.fullmatch(r"\w[\w+-]*", task):  # a file, a pattern, an option
@@ -108,7 +109,8 @@ def _problems(tasks: list[str], limit: int | None, mode: str | None, batch_size:
             problems.append(f"{name} = {value!r}: set a whole number from 1.")
     if mode not in (None, *MODES):
         problems.append(f"mode = {mode!r}: there is no such mode. Use 'system1', 'system2' or None.")
-    return problems
+    if problems:
+        raise ConfigError.from_problems("the benchmarks", problems)
 
 
 def _measure(path: str, task: str, settings: dict, out: Path, fresh: bool) -> dict:

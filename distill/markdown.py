@@ -2,7 +2,10 @@
 
 import re
 
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#|~$&!])")
+# signs of CommonMark and of GitHub's extensions to it: mentions, issues, emoji, mathematics, addresses that become links
+_MARKUP = re.compile(r"[\\`*_{}\[\]()<>#|~&$!@^]|:(?![\d\s]|$)|(?<=www)\.", re.IGNORECASE)
+# what makes a line one of a list, a rule, or the underlining of a heading, where it begins the line
+_BLOCK = re.compile(r"(\d{1,9})(?=[.)](?: |$))|(?=[-+](?: |$)|-[- ]*$|=+$)")
 
 
 def fenced(text: str) -> str:
@@ -12,5 +15,10 @@ def fenced(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """One line of Markdown in which no character is markup."""
-    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+    """One line of Markdown, good at a line's start too, in which no character is markup and no address of the web a link.
+
+    GitHub alone still makes a link of a bare mail address: it looks for those after it has taken the backslashes away.
+    """
+    line = _MARKUP.sub(lambda found: f"\\{found[0]}", " ".join(text.split()))
+    begins = _BLOCK.match(line)
+    return f"{begins[0]}\\{line[begins.end() :]}" if begins else line

@@ -10,6 +10,27 @@ PIECE_WORDS = 4
 PIECE_CHARS = 20  # for text without spaces, as Chinese is written
 FEWEST_PIECES = 8
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CJK = r"\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han and kana
+_WORD = re.compile(f"[{_CJK}]|[^\\s{_CJK}]+")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: what stands between spaces, and each Chinese or Japanese character, which are written without.
+
+    >>> words("GPT 的意思, ok?")
+    ['GPT', '的', '意', '思', ',', 'ok?']
+    """
+    return _WORD.findall(text)
+
+
+def is_cjk(text: str) -> bool:
+    """Whether more than half of a text's letters are Chinese or Japanese characters.
+
+    >>> is_cjk("GPT 的意思是"), is_cjk("the word 北京"), is_cjk("42")
+    (True, False, False)
+    """
+    letters = "".join(filter(str.isalpha, text))
+    return 2 * len(re.findall(f"[{_CJK}]", letters)) > len(letters)
 
 
 def final_answer(text: str) -> str:
@@ -60,8 +81,9 @@ def exact_match(reference: str, text: str) -> bool:
 def token_f1(reference: str, text: str) -> float:
     """F1 of the final answer's words against the reference's, each as often as it stands there; from 0 to 1.
 
-    Two that are empty agree. Text without spaces is one word, as in the original.
-    Source: Rajpurkar et al. 2016, arXiv:1606.05250, and SQuAD 2.0's evaluation script (lower case; ASCII punctuation and articles dropped).
+    Two that are empty agree. Words are those of `words`.
+    Source: Rajpurkar et al. 2016, arXiv:1606.05250, and SQuAD 2.0's evaluation script (lower case; ASCII punctuation and articles dropped),
+    which takes Chinese text without a space for one word.
 
     >>> token_f1("the cat sat", "A cat!")
     0.6666666666666666
@@ -74,7 +96,7 @@ def token_f1(reference: str, text: str) -> float:
 
 
 def _squad_words(text: str) -> list[str]:
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
+    return words(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)))
 
 
 def repeated_share(text: str) -> float:
@@ -85,7 +107,7 @@ def repeated_share(text: str) -> float:
     >>> repeated_share("so it is 4, " * 20) > 0.9, repeated_share("what is said but once is no repetition of anything at all")
     (True, 0.0)
     """
-    words = text.split()
-    parts, size = (words, PIECE_WORDS) if len(text) < PIECE_CHARS * len(words) else (text, PIECE_CHARS)
+    spaced = text.split()
+    parts, size = (spaced, PIECE_WORDS) if len(text) < PIECE_CHARS * len(spaced) else (text, PIECE_CHARS)
     pieces = [tuple(parts[start : start + size]) for start in range(len(parts) - size + 1)]
     return 1 - len(set(pieces)) / len(pieces) if len(pieces) >= FEWEST_PIECES else 0.0

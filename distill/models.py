@@ -107,9 +107,23 @@ def is_here(name: str) -> bool:
 
 def _is_cached(name: str, *files: str) -> bool:
     """Whether the hub's cache has one of a model's files."""
+    return any(_file_here(name, file) for file in files)
+
+
+def _file_here(name: str, file: str) -> Path | None:
+    """A model's file in its folder or in the hub's cache; None where it is in neither. Nothing is fetched."""
+    if not is_hub_name(name):
+        return Path(name) / file if store.is_file(Path(name) / file) else None
     from huggingface_hub import try_to_load_from_cache
 
-    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def disk_bytes(name: str) -> int | None:
+    """Bytes that a model's weights take in its folder or in the hub's cache; None where none are there. Nothing is fetched."""
+    config = _file_here(name, "config.json")
+    return sum(file.stat().st_size for file in config.parent.glob("*.safetensors")) or None if config else None
 
 
 def _invalid(name: str, role: str, why: str) -> ConfigError:
@@ -261,10 +275,18 @@ def bits_for(name: str, wanted: int | None) -> int:
 
 
 def stored_bits(name: str) -> int | None:
-    """Bits of a weight of a folder that was quantised by bitsandbytes before it was saved, 8 or 4; None for any other model."""
-    config = Path(name) / "config.json"
-    found = store.read_json(config).get("quantization_config") if not is_hub_name(name) and store.is_file(config) else None
-    return found and (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
+    """Bits of a weight of a model that bitsandbytes quantised before it was saved, 8 or 4; None for any other.
+
+    name  a folder, or a name on the hub: then it is None as long as the hub's cache holds no configuration of it
+    """
+    found = _stored_quantization(name)
+    return 4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None
+
+
+def _stored_quantization(name: str) -> dict:
+    """What a model's configuration says of how it was quantised before it was saved; {} where it was not, or where none is here."""
+    config = _file_here(name, "config.json")
+    return store.read_json(config).get("quantization_config") or {} if config else {}
 
 
 def load_to_answer(name: str, role: str, bits: int | None) -> tuple:
@@ -272,10 +294,11 @@ def load_to_answer(name: str, role: str, bits: int | None) -> tuple:
     import torch
 
     name = model_name(name)
+    tokenizer = check_model(name, role)  # after it a hub name's configuration is in the cache, which tells its bits
+    _check_quantization(name)
     bits = bits_for(name, bits)
     if bits not in BITS:
         raise ConfigError(f"bits = {bits!r}: is not one of {', '.join(map(str, BITS))}.")
-    tokenizer = check_model(name, role)
     prompt.chat_format(tokenizer, "system1")  # no template, no question: said before gigabytes are loaded
     capability = gpu_capability()
     half = half_precision(capability)[0] if capability else "bf16"  # a CPU computes no fp16
@@ -283,6 +306,14 @@ def load_to_answer(name: str, role: str, bits: int | None) -> tuple:
     settings = {"quantization_config": _quantization(bits, dtype)} if bits < 16 and not stored_bits(name) else {}
     model = _load(name, role, dtype=dtype, device_map={"": device()[0]}, **settings)
     return model.eval(), tokenizer
+
+
+def _check_quantization(name: str) -> None:
+    """Raise ConfigError for a model that anything but bitsandbytes quantised before it was saved."""
+    found = _stored_quantization(name)
+    if found and not stored_bits(name):
+        method = shortened(found.get("quant_method"), 40)
+        raise ConfigError(f"{name} is quantised by {method}, which the lab does not load. Take the model in 16 bits, or bitsandbytes'.")
 
 
 def _quantization(bits: int, dtype):
@@ -344,10 +375,8 @@ def fingerprint(path: str) -> str:
 
 
 def _cached_commit(name: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    config = _file_here(name, "config.json")
+    return config.parent.name if config else None
 
 
 def probe(model) -> str:

@@ -142,11 +142,18 @@ HELDOUT = {
 
 
 def prepare_heldout(chosen: Choice) -> dict | None:
-    """The files of held-out questions, by mode, prepared where they have to be; None where the validation rows are to be asked."""
-    prepare = {"system1": prepare_system1_dataset, "system2": prepare_system2_dataset}
-    return chosen.heldout and {
-        mode: given if isinstance(given, str) else prepare[mode](**given, **HELDOUT[mode]).path for mode, given in chosen.heldout.items()
-    }
+    """The files of held-out questions, by mode, prepared where they have to be; None: the validation rows are asked, which is said."""
+    return chosen.heldout and {mode: _heldout(mode, given) for mode, given in chosen.heldout.items()}
+
+
+def _heldout(mode: str, given: str | dict) -> str | None:
+    if isinstance(given, str):
+        return given
+    try:
+        return {"system1": prepare_system1_dataset, "system2": prepare_system2_dataset}[mode](**given, **HELDOUT[mode]).path
+    except DataError as error:  # the source ends before, or has nothing there that can be used
+        say(f"{error}\nSo {mode} is asked the validation rows of its data, by which its checkpoint was chosen.")
+        return None
 
 
 # Memory

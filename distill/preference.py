@@ -58,7 +58,7 @@ def prefer(
     if not isinstance(endpoint, Endpoint):
         raise ConfigError(f"endpoint = {endpoint!r}: is no Endpoint. Write e.g. Endpoint('gpt-4o', 'https://api.openai.com/v1').")
     limit = token_limit(max_new_tokens, "system1")
-    facts = None if isinstance(pairs, list) else facts_of(pairs)
+    given, facts = pairs, None if isinstance(pairs, list) else facts_of(pairs)
     of = {"mode": mode, "models": None, "pairs": _checked(pairs)} if facts is None else pairs_of(facts, mode)
     pairs = of["pairs"]
     endpoint.check()
@@ -69,10 +69,11 @@ def prefer(
     replies = replies_once(endpoint, asked, limit, "preferences", "Judging")
     rows = [_judged(pair, [replies.get(text) for text in both]) for pair, both in zip(pairs, texts, strict=True)]
     report = {"judge": endpoint.name, "mode": of["mode"], "models": of["models"], "seed": seed, **_summary(rows)}
+    written = store.write_json(out, report)
     _show(report)
-    say(f"  {store.shown(store.write_json(out, report))}")
+    say(f"  {store.shown(written)}")
     if facts is not None:
-        add(facts, "judge", of["mode"], report)
+        add(given, facts, "judge", of["mode"], report)
     return report
 
 

@@ -43,7 +43,8 @@ def probe_all(requests: list[dict], run_folder: Path, title: str = "Reading", *,
         final_probability  of all tokens behind the reasoning and of the end of turn together, given what stands before
         token_confidence   mean probability of the likeliest token
         token_right        share of tokens that are the likeliest
-    None stands for a row that cannot be read: without text, no valid Unicode, or longer than the model's positions; that is said.
+    None stands for a row that cannot be read: without text, no valid Unicode, longer than the model's positions, or by weights that give
+    numbers that are not finite; that is said.
     The entries lie in `runs/probes/<key>.jsonl`; the key hashes the model's files, its role, its bits, the kind of device and PROBING.
     Raises PreflightError where a teacher does not fit, BackendError with the end of the log.
     """
@@ -56,20 +57,6 @@ def probe_all(requests: list[dict], run_folder: Path, title: str = "Reading", *,
         if waiting:
             _read(waiting, run_folder, title)
         return {one.request["name"]: one.entries() for one in kept}
-
-
-def agreement(a: list[dict], b: list[dict]) -> list[float]:
-    """How often two models would have put the same token, a share for each row.
-
-    a, b  entries of `probe_all` for the same rows
-    Raises ValueError where the rows' tokens are not equally many, so that the models do not share a tokenizer.
-    """
-    shares = []
-    for number, (one, other) in enumerate(zip(a, b, strict=True)):
-        if one["tokens"] != other["tokens"]:
-            raise ValueError(f"row {number}: {one['tokens']:,} tokens are not {other['tokens']:,}, so these are two tokenizers'")
-        shares.append(sum(left == right for left, right in zip(one["top1"], other["top1"], strict=True)) / one["tokens"])
-    return shares
 
 
 class _Kept:
@@ -171,8 +158,9 @@ def _read_one(request: dict, done: int) -> int:
 def read_rows(model, tokenizer, rows: list[dict], batch_tokens: int = READ_TOKENS) -> Iterator[dict[int, dict]]:
     """Have a loaded model read rows, in this process; yields {row number: entry} after each batch.
 
-    A row that is longer than the model's positions gets {"skipped": why} for an entry. For models whose logits are their output head's
-    as they come (Qwen, Llama), not those that scale or cap them behind it (Gemma 2, Granite, Cohere): ConfigError.
+    A row that is longer than the model's positions, or read as numbers that are not finite, gets {"skipped": why} for an entry. For models
+    whose logits are their output head's as they come (Qwen, Llama), not those that scale or cap them behind it (Gemma 2, Granite, Cohere):
+    ConfigError.
     """
     _check_head(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -205,7 +193,7 @@ def _check_head(model, tokenizer) -> None:
     with torch.inference_mode():
         own = model(input_ids=ids, use_cache=False).logits
         ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2):
+    if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
         raise ConfigError(
             f"{model.config.name_or_path} cannot be read token by token: it changes its logits behind the output head. "
             "Take a Qwen2, Qwen2.5, Qwen3 or Llama model."
@@ -241,6 +229,8 @@ def _read_tile(logits, targets) -> tuple:
 
 def _entry(logarithms: list[float], best: list[float], top1: list[int], right: list[bool], final_from: int) -> dict:
     """An entry of `probe_all`, of one row's supervised tokens."""
+    if not all(map(math.isfinite, (*logarithms, *best))):
+        return {"skipped": "its weights give numbers that are not finite"}
     count = len(top1)
     return {
         "tokens": count,

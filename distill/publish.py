@@ -19,10 +19,11 @@ from tempfile import TemporaryDirectory
 from . import card, checkpoint, engine, models, process, server, store
 from .console import progress, say, table
 from .environment import engine_python
-from .errors import BackendError, ConfigError, DistillError, shortened, without_secrets
+from .errors import BackendError, ConfigError, DataError, DistillError, shortened, without_secrets
 from .generation import MAX_NEW_TOKENS
 from .models import MODEL_FILES, RUN_RECORD
 from .prompt import format_prompt
+from .questions import read_questions
 
 SENT = (*MODEL_FILES, "*.gguf")
 FORMATS = {8: "int8", 4: "nf4", "gguf": "gguf"}
@@ -31,6 +32,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 GGUF_MAGIC = b"GGUF"
 LEAST_SHARE = 0.4  # of the checkpoint's weights, that 16-bit weights take: half where those are fp32, all of it where they are 16-bit
 SERVED = "student"
+EDITED = "it is not as the lab wrote it, so it is sent as it stands: see that its code loads the model by its name on the hub"
 LOOK_SECONDS = 2
 
 
@@ -44,7 +46,8 @@ def push_to_hub(
 
     repo_id     `owner/name`; the repository is made where it is not there
     private     whether the repository is; one that is public already is refused, and left alone
-    evaluation, license  for the card (`card.write_model_card`); with neither, the README.md that stands in the checkpoint is taken
+    evaluation, license  for the card (`card.write_model_card`); with neither, the README.md that stands in the checkpoint is taken:
+                the lab's own with the name `repo_id`, one that somebody edited as it is
     Sent are the files that the checkpoint's record lists, of the kinds SENT alone, the card, and the record without this machine's paths.
     The token is huggingface_hub's own (HF_TOKEN, or `hf auth login`).
     Returns {"repo_id", "private", "files": [{"name", "bytes"}], "bytes", "left_out": [name], "problems": [text], "sent", "url"}.
@@ -80,7 +83,7 @@ def _contents(folder: Path, repo_id: str, evaluation, license: str | None) -> di
     files = {name: folder / name for name in record["files"] if any(fnmatch(name, pattern) for pattern in SENT)}
     readme = folder / card.CARD
     if store.is_file(readme) and evaluation is None and license is None:
-        text = readme.read_text(encoding="utf-8", errors="replace")
+        text = card.renamed(readme.read_text(encoding="utf-8", errors="replace"), repo_id)
     else:
         text = card.compose(folder, record, evaluation, license, name=repo_id)
     small = {name: file.read_text(encoding="utf-8", errors="replace") for name, file in files.items() if not _is_large(name)}
@@ -103,13 +106,14 @@ def _public_record(record: dict, sent: dict) -> bytes:
 
 def _plan(folder: Path, contents: dict, repo_id: str, private: bool) -> dict:
     sizes = {name: len(one) if isinstance(one, bytes) else one.stat().st_size for name, one in contents.items()}
+    text = contents[card.CARD].decode()
     return {
         "repo_id": repo_id,
         "private": private,
         "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
         "bytes": sum(sizes.values()),
         "left_out": sorted(place.name for place in folder.iterdir() if place.name not in contents),
-        "problems": card.problems(contents[card.CARD].decode()),
+        "problems": [*card.problems(text), *([] if card.is_unedited(text) else [EDITED])],
         "sent": False,
         "url": None,
     }
@@ -243,7 +247,8 @@ def _convert(folder: Path, made: Path, bits: str) -> dict:
 def _converter() -> Path:
     """llama.cpp's converter. Raises ConfigError that says how to get it."""
     named = os.environ.get("LLAMA_CPP")
-    candidates = [Path(named), Path(named) / CONVERTER] if named else [Path(shutil.which(CONVERTER) or CONVERTER)]
+    found = shutil.which(CONVERTER)
+    candidates = [Path(named), Path(named) / CONVERTER] if named else [Path(found)] if found else []
     for place in candidates:
         if store.is_file(place):
             return place.resolve()
@@ -276,7 +281,10 @@ def export_with_scores(
     asked      limit, max_new_tokens, seed, as `evaluate.compare_checkpoints` takes them
     Returns what `export` returns, with "scores": {"before": Q, "after": Q}, the quality of an evaluation; None without questions, and for
     GGUF, which the lab does not load. They stand in the exported folder's card and record, and in `reports/export/<name>/export.json`.
+    Raises as `export` does, and DataError for a file without a question for this checkpoint.
     """
+    if questions is not None and bits != "gguf":
+        _check_questions(path, questions)  # before minutes are spent on quantising
     made = export(path, bits, out=out)
     if bits == "gguf" or questions is None:
         say(f"Its scores are not measured: {'the lab does not load GGUF' if bits == 'gguf' else 'no held-out questions were given'}.")
@@ -295,6 +303,13 @@ def export_with_scores(
     return made | {"scores": scores}
 
 
+def _check_questions(path: str | Path, questions: str | Path) -> None:
+    """Raise DataError unless a file holds questions for a checkpoint."""
+    mode = card.mode_of(card.read_record(store.resolve(path)))
+    if not list(read_questions(store.resolve(questions), mode)):
+        raise DataError(f"{store.shown(questions)} holds no question for {mode}: each row names another system. Give other questions.")
+
+
 def _show_scores(made: dict, scores: dict) -> None:
     sizes = ["bytes of weights", "", f"{made['bytes_before']:,}", f"{made['bytes_after']:,}"]
     table(f"Scores at {made['bits']} bits", ["", "n", "before", "after"], [*card.before_and_after(scores), sizes])
@@ -308,11 +323,12 @@ def serve(path: str | Path, *, port: int = 8000, host: str = server.HOST, wait: 
 
     host  the address to listen at; other than 127.0.0.1, whoever reaches this machine may ask, without a key
     wait  how the time between two looks at the server is spent
-    Returns {"base_url", "model"} once it has ended. Raises ConfigError for a port that is taken or what is no checkpoint, BackendError with
-    the log's end where the server does not start.
+    Returns {"base_url", "model"} once it has ended. Raises ConfigError for a port that is taken, for GGUF or for what is no checkpoint,
+    BackendError with the log's end where the server does not start.
     """
     folder = store.resolve(path)
     record = card.read_record(folder)
+    _refuse_gguf(folder, record, host, port)
     _check_port(host, port)
     store.make_folder(store.ROOT / "runs")
     with server.serving(str(folder), store.ROOT / "runs" / f"serve-{port}.log", port=port, host=host, name=SERVED) as one:
@@ -327,6 +343,14 @@ def serve(path: str | Path, *, port: int = 8000, host: str = server.HOST, wait: 
         except KeyboardInterrupt:
             say("The server has ended.")
     return found
+
+
+def _refuse_gguf(folder: Path, record: dict, host: str, port: int) -> None:
+    """Raise ConfigError, with the line that serves it, for a folder that holds a model as GGUF."""
+    file = next((name for name in record["files"] if name.endswith(".gguf")), None)
+    if file:
+        line = shlex.join(["llama-server", "-m", str(folder / file), "--host", host, "--port", str(port)])
+        raise ConfigError(f"{store.shown(folder)} holds GGUF, which llama.cpp serves, and the lab does not. Run `{line}`.")
 
 
 def curl(base_url: str, record: dict) -> str:

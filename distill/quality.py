@@ -11,7 +11,7 @@ from collections import defaultdict
 from statistics import median
 
 from .intervals import bootstrap_mean, calibration, mcnemar, paired_difference, retained, wilson
-from .metrics import final_answer, reasons_first
+from .metrics import final_answer, reasons_first, words
 
 SHARES = ("exact_match", "token_f1", "rouge_l", "math_verified")  # metrics of a single answer, from 0 to 1; higher is better
 MOST_NATS = 700  # a token; e to this is near the largest float
@@ -22,12 +22,14 @@ P95_SECONDS = {"128": 2.0, "256": 3.0}
 FIRSTSIGHT = {"speed": 5.16, "memory": 0.679, "parameters": 0.734}  # Qwen2-VL 8.3B → 2.2B, as FirstSight reports it
 
 
-def quality(scored: list[dict], bleu: dict, teacher: list[dict] | None = None, seed: int = 0) -> dict:
+def quality(scored: list[dict], bleu: dict, teacher: list[dict] | None = None, metric: str = "exact_match", seed: int = 0) -> dict:
     """A model's quality on the questions of one system: the report's figures, each {"value", "n", "ci"} at 95%.
 
     scored   its answers, in the order of the questions; at least one
     bleu     corpus BLEU of them, as `textscores` gives it
-    teacher  the teacher's, in the same order, for the agreement of next tokens; None for the teacher itself
+    teacher  the teacher's, in the same order, for the agreement of next tokens; None for the teacher itself, and where they cut text
+             into other tokens
+    metric   the `headline`, which says what a right answer is for the calibration
     Shares have Wilson's interval, means one by resampling questions. "perplexity" is exp(nats per token) of the reference answers,
     "agreement" the share of their tokens at which student and teacher would go on alike; None where no reference could be read.
     """
@@ -45,7 +47,7 @@ def quality(scored: list[dict], bleu: dict, teacher: list[dict] | None = None, s
         "repeating": _share([each["repeated"] > REPEATS for each in scored]),
         "empty": _share([not final_answer(text) for text in texts]),
         "tokens": _mean([each["tokens"] for each in scored], seed),
-        "calibration": _calibration(scored),
+        "calibration": _calibration(scored, metric),
         "families": _families(scored),
     }
 
@@ -82,9 +84,15 @@ def _agreement(scored: list[dict], teacher: list[dict], seed: int) -> dict | Non
     return retained(alike, [len(own) for own, _ in pairs], seed=seed)
 
 
-def _calibration(scored: list[dict]) -> dict | None:
-    sure = [each for each in scored if each["confidence"] is not None]
-    return calibration([each["confidence"] for each in sure], [each["exact_match"] for each in sure]) if sure else None
+def _calibration(scored: list[dict], metric: str) -> dict | None:
+    """None where no answer has an end, and where none can be said to be right."""
+    sure = [each for each in scored if each["confidence"] is not None and is_right(each, metric) is not None]
+    return calibration([each["confidence"] for each in sure], [is_right(each, metric) for each in sure]) if sure else None
+
+
+def is_right(answer: dict, metric: str) -> bool | None:
+    """Whether a scored answer is right by the metric that its questions are judged by; None where that knows no right and wrong."""
+    return None if metric == "token_f1" or answer[metric] is None else bool(answer[metric])
 
 
 def _families(scored: list[dict]) -> dict:
@@ -101,13 +109,13 @@ def headline(references: list[str], scored: list[dict]) -> tuple[str, str]:
     references  final reference answers
     scored      anybody's scored answers to them
     """
-    words = median(len(reference.split()) for reference in references)
+    length = median(len(words(reference)) for reference in references)
     math_share = sum(each["math_verified"] is not None for each in scored) / len(scored)
-    if words <= SHORT_WORDS:
-        return "exact_match", f"the references are short (median length in words: {words:g})"
+    if length <= SHORT_WORDS:
+        return "exact_match", f"the references are short (median length in words: {length:g})"
     if math_share >= 0.5:
         return "math_verified", f"{math_share:.0%} of the references hold a result that can be checked"
-    return "token_f1", f"the references are texts (median length in words: {words:g}), which no good answer need equal"
+    return "token_f1", f"the references are texts (median length in words: {length:g}), which no good answer need equal"
 
 
 def beside_teacher(student: list[dict], teacher: list[dict], seed: int = 0) -> tuple[dict, dict]:
@@ -125,7 +133,7 @@ def beside_before(after: list[dict], before: list[dict], seed: int = 0) -> dict:
 
 
 def _paired(one: list[dict], other: list[dict], name: str) -> tuple[list, list]:
-    pairs = [(left[name], right[name]) for left, right in zip(one, other, strict=True) if left[name] is not None]
+    pairs = [(left[name], right[name]) for left, right in zip(one, other, strict=True) if None not in (left[name], right[name])]
     return [left for left, _ in pairs], [right for _, right in pairs]
 
 
@@ -155,12 +163,8 @@ def cases(questions: list[dict], scored: dict[str, list[dict]], metric: str, stu
 
 def _case_answer(answer: dict, metric: str) -> dict:
     known = {name: answer[name] for name in ("text", "tokens", "stopped")}
-    value = answer[metric]
-    return {
-        **known,
-        "right": bool(answer["exact_match"] or answer["math_verified"]),
-        "score": value if value is not None else answer["exact_match"],
-    }
+    score = answer["exact_match"] if answer[metric] is None else answer[metric]
+    return {**known, "right": is_right(answer, metric), "score": score}
 
 
 # Targets
@@ -205,7 +209,7 @@ def _speed_targets(mode: str, student: str, speed: dict | None) -> list[dict]:
             fastest and fastest["speed"],
             "{:.2f} ×".format,
             lambda value: value >= SPEED,
-            f"tokens a second at batch 1 against the {fastest['teacher']}, the faster one" if fastest else "",
+            _against(fastest["teacher"], len(ratios)) if fastest else "",
         )
     ]
     measured = speed["models"].get(student) if speed else None
@@ -216,11 +220,17 @@ def _speed_targets(mode: str, student: str, speed: dict | None) -> list[dict]:
     return found
 
 
+def _against(teacher: str, timed: int) -> str:
+    return f"tokens a second at batch 1 against the {teacher}, the {'faster' if timed > 1 else 'only'} one that was timed"
+
+
 def _target(name: str, mode: str, wanted: str, found: dict | None, show, good, note: str) -> dict:
     """One target. Its sign is the value's; where the interval reaches over the line, the note says so."""
     target = {"name": name, "system": mode, "wanted": wanted, "value": None, "shown": "not measured", "ci": None, "met": None, "note": note}
-    if not found or found["value"] is None:
+    if not found:
         return target
+    if found["value"] is None:
+        return {**target, "shown": "no figure", "note": "the teacher scores 0, of which nothing can be kept"}
     ends = [good(bound) for bound in found["ci"]] if found["ci"] else []
     unsure = ["its interval reaches over the line"] if len(set(ends)) > 1 else []
     words = "; ".join([part for part in [note] if part] + unsure)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import leakage, prompt, store, students
+from . import leakage, prompt, store
 from .console import say
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, shortened
 from .metrics import final_answer
-from .students import Student
+from .students import Student, learnt_rows
 
 MODE_OF_SYSTEM = {1: "system1", 2: "system2"}
 VALIDATION_NOTE = "the validation rows of its own data: not trained on, but the checkpoint was chosen by its loss on them"
@@ -24,7 +24,7 @@ EXAMPLES = 5  # of removed questions, in the report
 class Questions:
     """The questions of one system, and where they come from.
 
-    rows   as they are asked, what training saw removed
+    rows   as they are asked, what training saw left out
     facts  the report's "questions"
     """
 
@@ -33,52 +33,61 @@ class Questions:
 
 
 def questions_for(student: Student, given: str | Path | dict | None, limit: int | None, seed: int) -> Questions:
-    """A student's questions, without those that its training saw.
+    """A student's questions, each once, without those that its training saw.
 
-    given  a file, or mode → file; None takes the validation rows of the student's data
+    given  a file, or mode → file; None, of a mode too, takes the validation rows of the student's data
     limit  how many, drawn by `seed`; None takes all
     Raises ConfigError where there is no file, DataError where nothing in it can be asked.
     """
-    place, note = _place(student, given)
-    read, learnt = list(read_questions(place, student.mode)), students.learnt_rows(student)
+    labeled, validation = learnt_rows(student)
+    place = _place(student, given, validation)
+    read = list(read_questions(place, student.mode))
+    if not read:
+        raise DataError(f"{store.shown(place)} has no question for {student.mode}. Give a file of rows that say no system, or this one.")
+    each = list({prompt.row_id(row["instruction"], row.get("input") or ""): row for row in reversed(read)}.values())[::-1]
+    are_validation = validation is not None and store.hash_file(place) == store.hash_file(validation)
     # the validation rows, where they are what is asked, would each be their own duplicate
-    seen = (row for rows in learnt or [] if rows != place for row in store.read_rows(rows))
-    clean = leakage.clean(read, seen)
+    seen = [rows for rows in (labeled, None if are_validation else validation) if rows]
+    clean = leakage.clean(each, (row for rows in seen for row in store.read_rows(rows)))
     if not clean.kept:
-        raise DataError(f"{store.shown(place)}: all {len(read):,} questions of {student.mode} stand in the training rows too. Give others.")
+        raise DataError(f"{store.shown(place)}: all {len(each):,} questions of {student.mode} stand in the training rows too. Give others.")
     rows = drawn(clean.kept, limit, seed)
-    unchecked = None if learnt else "the rows that it learnt from are gone, or others stand there now"
+    unchecked = None if labeled else "the rows that it learnt from are gone, or others stand there now"
     said = f"not checked: {unchecked}" if unchecked else f"{clean.checked_against:,} rows looked at"
-    count = f"{len(rows):,} of {len(read):,} held-out questions"
+    count = f"{len(rows):,} of {len(each):,} held-out questions"
     say(f"{student.mode}: {count}; {len(clean.removed):,} that training saw are left out ({said})")
-    removed = {how: sum(one["how"] == how for one in clean.removed) for how in ("same", "n-grams")}
-    leaked = {
+    facts = {"source": store.shown(place), "sha256": store.hash_file(place), "read": len(read), "rows": len(rows)}
+    note = VALIDATION_NOTE if are_validation else ""
+    return Questions(rows, {**facts, "merged": len(read) - len(each), "leakage": _leaked(clean, unchecked), "note": note})
+
+
+def _leaked(clean: leakage.Leakage, unchecked: str | None) -> dict:
+    """The report's "leakage"."""
+    removed = {how: sum(one["how"] == how for one in clean.removed) for how in (leakage.SAME, leakage.N_GRAMS)}
+    return {
         "checked_against": None if unchecked else clean.checked_against,
         "removed": len(clean.removed),
-        "same": removed["same"],
-        "n_grams": removed["n-grams"],
+        "same": removed[leakage.SAME],
+        "n_grams": removed[leakage.N_GRAMS],
         "examples": clean.removed[:EXAMPLES],
         "why_unchecked": unchecked,
     }
-    facts = {"source": store.shown(place), "sha256": store.hash_file(place), "read": len(read), "rows": len(rows)}
-    return Questions(rows, {**facts, "leakage": leaked, "note": note})
 
 
-def _place(student: Student, given: str | Path | dict | None) -> tuple[Path, str]:
-    """The file of a student's questions, and what there is to say of it."""
+def _place(student: Student, given: str | Path | dict | None, validation: Path | None) -> Path:
+    """The file of a student's questions."""
     if isinstance(given, dict):
-        given = given.get(student.mode)
-        if given is None:
+        if student.mode not in given:
             raise ConfigError(f"questions: there is no file for {student.mode}. Write e.g. {{'{student.mode}': 'data/heldout.json'}}.")
+        given = given[student.mode]
     if given is not None:
-        return store.resolve(given), ""
-    learnt = students.learnt_rows(student) or []
-    if len(learnt) < 2:
+        return store.resolve(given)
+    if validation is None:
         raise ConfigError(
             f"{store.shown(student.path)} has no validation rows here to be asked. Give questions = a file of held-out rows "
             "{'instruction', 'answer'}."
         )
-    return learnt[1], VALIDATION_NOTE
+    return validation
 
 
 def read_questions(path: str | Path, mode: str) -> Iterator[dict]:
@@ -89,13 +98,23 @@ def read_questions(path: str | Path, mode: str) -> Iterator[dict]:
     Raises DataError that names the first row that is no question.
     """
     for number, row in enumerate(store.read_rows(path)):
+        if row.get("system") not in (None, *MODE_OF_SYSTEM):
+            raise DataError(f"row {number} of {store.shown(path)}: system = {shortened(repr(row['system']), 40)} is not 1 or 2.")
         if MODE_OF_SYSTEM.get(row.get("system"), mode) != mode:
             continue
-        texts = [row.get("instruction"), row.get("answer", row.get("output")), row.get("input") or ""]
-        if not all(isinstance(text, str) and prompt.is_unicode(text) for text in texts) or not texts[0].strip() or not texts[1].strip():
+        if not _is_question(row):
             raise DataError(f"row {number} of {store.shown(path)} is no question: it needs texts 'instruction' and 'answer' (or 'output').")
         answer = row["answer"] if "answer" in row else final_answer(row["output"])
-        yield {**row, "id": row.get("id") or prompt.row_id(texts[0], texts[2]), "answer": answer, "mode": mode}
+        known = {"id": str(row.get("id", prompt.row_id(row["instruction"], row.get("input") or ""))), "answer": answer, "mode": mode}
+        yield {**row, **known, "family": None if row.get("family") is None else str(row["family"])}
+
+
+def _is_question(row: dict) -> bool:
+    """Whether a row's texts are texts, and it asks something that has an answer, behind its reasoning too."""
+    texts = [row.get("instruction"), row.get("input") or "", row.get("output") or "", row.get("answer", row.get("output"))]
+    if not all(isinstance(text, str) and prompt.is_unicode(text) for text in texts):
+        return False
+    return bool(texts[0].strip() and (texts[-1] if "answer" in row else final_answer(texts[-1])).strip())
 
 
 def drawn(rows: list[dict], limit: int | None, seed: int) -> list[dict]:

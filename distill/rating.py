@@ -30,7 +30,7 @@ class Rated:
     """Pairs to rate and what came of it; a notebook shows it, a terminal too. Which model is which it does not tell.
 
     shown   [{"number", "question", "A", "B"}], texts
-    result  what `rate_answers` keeps as JSON, without names; None where nothing was rated
+    result  what `rate_answers` keeps as JSON, without names; None until each pair has a sign: a result would tell whose the others are
     note    what to do next
     """
 
@@ -75,6 +75,7 @@ def rate_answers(
     preference  what `prefer` returned, or its file; None takes reports/preference.json where that is there
     out         JSON with every rating and what follows from them; a later call adds to it. A sign of that call replaces an earlier one
                 of the same pair, a - takes it back
+    The result is told, and stands in the evaluation's report, as soon as every pair shown has a sign. Each rating is kept at once.
     The file holds {"schema", "evaluation" (hash), "mode", "models": {"student", "teacher"}, "ratings": [{"id", "sha256", "A", "B" (whose),
     "verdict", "time"}], "n", "student", "teacher", "tie", "preferred" (as `prefer` says them), "agreement": None or {"judge", "value", "n",
     "ci", "kappa"}, over the pairs that both rated}. Pairs of the same text are not shown.
@@ -93,10 +94,14 @@ def rate_answers(
     result = {**about, "ratings": kept, "n": len(kept), **shares([one["verdict"] for one in kept])}
     result["agreement"] = agreement(kept, _judged(preference))
     store.write_json(out, result)
-    add(facts, "ratings", found["mode"], result)
     rated = {one["sha256"] for one in kept}
     missing = [page for page, pair in zip(_pages(chosen), chosen, strict=True) if pair_hash(pair) not in rated]
-    more = "To rate the pairs above, add signs to ratings and call again. " if missing else ""
+    skipped = {number for number, sign in enumerate(signs, start=1) if sign is None}
+    if left := len([page for page in missing if page["number"] not in skipped]):
+        note = f"{len(chosen) - len(missing):,} rated, {left:,} left: add their signs to ratings and call again; the result follows then."
+        return _shown(Rated(missing, None, f"{note} Kept in {store.shown(out)}."))
+    add(evaluation, facts, "ratings", found["mode"], result)
+    more = "To rate the pairs above, put signs in place of - and call again. " if missing else ""
     named = {key: result[key] for key in ("n", STUDENT, TEACHER, TIE, "preferred", "agreement")}
     return _shown(Rated(missing, named, f"{more}Kept in {store.shown(out)}."))
 

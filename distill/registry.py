@@ -5,7 +5,9 @@ checkpoint that it left. A folder that cannot be read is named and passed over.
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from .models import RUN_RECORD
 from .resume import saved, step_of
 
 PLACES = ("labeled_path", "out_dir", "config_path")  # where a run reads and writes; its rows are compared by their content
+ASKED = ("source", "sha256", "rows")  # what says which questions scores are of
 THERE, REPLACED, GONE, NONE_YET = "there", "replaced by another run", "gone", "none yet"
 _NAME = re.compile(r"system[12]-[\w-]+")
 
@@ -31,7 +34,7 @@ class Run:
     state             "finished", "cut short at step n of m" (which may still be running), "cut short before its first figure", "prepared"
     best_validation_loss  nats per supervised token;  train_seconds: of the training alone
     checkpoint        the folder it is published at;  checkpoint_state: THERE, REPLACED, GONE, NONE_YET, or what is wrong with it
-    scores            what `evaluate` left: {"made", "mode", "quality", "retained", "headline"}
+    scores            what `evaluate` left of this checkpoint: {"made", "path", "mode", "quality", "retained", "headline", "questions"}
     when              ISO time of its last figure, else of its plan
     settings, data    name → value, of what decides it
     """
@@ -76,13 +79,14 @@ def show_runs() -> dict:
 
 
 def compare_runs(*ids: str) -> dict:
-    """Print how runs differ: settings and data where they do, scores with their intervals side by side.
+    """Print how runs differ: settings and data where they do, scores with their intervals side by side, and of which questions they are.
 
     ids  names of two runs or more, or beginnings that only one run has ("system1-3f", "3f")
-    Returns {"runs": [id], "settings": {name: [a value for each run]}, "data": {…}, "scores": {metric: [{"value", "n", "ci"} or None]}}.
+    Returns {"runs": [id], "settings": {name: [a value for each run]}, "data": {…}, "questions": {"source", "sha256", "rows": […]},
+    "scores": {metric: [{"value", "n", "ci"} or None]}}.
     Raises ConfigError for a name that no run has, or several.
     """
-    known, _ = _scan()
+    known, damaged = _scan()
     runs = [_find(name, known) for name in ids]
     if len({run.id for run in runs}) < 2:
         raise ConfigError("Comparing needs two different runs: python distill_app.py runs lists them.")
@@ -90,8 +94,10 @@ def compare_runs(*ids: str) -> dict:
         "runs": [run.id for run in runs],
         "settings": _differing([run.settings for run in runs]),
         "data": _differing([run.data for run in runs]),
+        "questions": _questions(runs),
         "scores": _scores(runs),
     }
+    _say_passed_over({place: why for place, why in damaged.items() if Path(place).parent.name in found["runs"]})
     _show(found)
     return found
 
@@ -104,18 +110,28 @@ def _folder() -> Path:
 
 
 def _scan() -> tuple[list[Run], dict[str, str]]:
-    """The runs, and folder → why it is none of those that are named or made like one and cannot be read."""
+    """The runs, and place → why it is passed over: folders named or made like a run, and evaluations, that cannot be used."""
     runs, damaged = [], {}
     for folder in sorted(_folder().iterdir()) if store.is_dir(_folder()) else []:
         if not folder.is_dir() or folder.suffix == ".former" or not (_NAME.fullmatch(folder.name) or (folder / "plan.json").is_file()):
             continue
-        try:
-            runs.append(_read(folder))
-        except (DataError, ConfigError) as error:
-            damaged[store.shown(folder)] = str(error)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            damaged[store.shown(folder)] = f"it is no run of this lab: {type(error).__name__}: {shortened(error, 80)}"
+        with _passing_over(folder, damaged):
+            run = _read(folder)
+            with _passing_over(folder / "evaluation.json", damaged):
+                run = replace(run, scores=_evaluation(folder, run.checkpoint))
+            runs.append(run)
     return sorted(runs, key=lambda run: (run.when, run.id)), damaged
+
+
+@contextmanager
+def _passing_over(place: Path, damaged: dict[str, str]) -> Iterator[None]:
+    """Note why a place cannot be read, where it cannot."""
+    try:
+        yield
+    except (DataError, ConfigError) as error:
+        damaged[store.shown(place)] = str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        damaged[store.shown(place)] = f"it is no run of this lab: {type(error).__name__}: {shortened(error, 80)}"
 
 
 def _read(folder: Path) -> Run:
@@ -139,7 +155,7 @@ def _read(folder: Path) -> Run:
         checkpoint=str(out_dir),
         checkpoint_state=_checkpoint_state(out_dir, folder, bool(figures["ended"])),
         checkpoint_id=record and record["run_id"],
-        scores=_evaluation(folder),
+        scores=None,
         when=_iso(figures["time"] or (folder / "plan.json").stat().st_mtime),
         settings={name: value for name, value in settings.items() if name not in PLACES},
         data=data,
@@ -210,9 +226,26 @@ def _data(planned: dict) -> tuple[dict, dict]:
     return manifest.get("teachers", {}), facts | manifest.get("stage", {}).get("settings", {})
 
 
-def _evaluation(folder: Path) -> dict | None:
+def _evaluation(folder: Path, checkpoint: str) -> dict | None:
+    """The scores of a run's own checkpoint, None where it was not evaluated. Raises DataError for what is none of them."""
     place = folder / "evaluation.json"
-    return store.read_json(place) if store.is_file(place) else None
+    if not store.is_file(place):
+        return None
+    found = store.read_json(place)
+    if not _is_evaluation(found):
+        raise DataError(f"It is no evaluation of this lab. Evaluate {store.shown(checkpoint)} again.")
+    if store.resolve(found["path"]) != store.resolve(checkpoint):
+        raise DataError(f"It is of {shortened(found['path'], 120)}, not of this run's checkpoint, {store.shown(checkpoint)}.")
+    return found
+
+
+def _is_evaluation(found) -> bool:
+    """Whether a value has all that is shown of an evaluation."""
+    needed = {"path": str, "headline": str, "quality": dict, "retained": dict, "questions": dict}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in needed.items()):
+        return False
+    headline = found["quality"].get(found["headline"])
+    return (headline is None or _is_interval(headline)) and found["questions"].keys() >= set(ASKED)
 
 
 # Finding and comparing
@@ -238,6 +271,12 @@ def _differing(sides: list[dict]) -> dict:
     return {name: each for name, each in values.items() if len({store.hash_json(value) for value in each}) > 1}
 
 
+def _questions(runs: list[Run]) -> dict:
+    """What each run was asked, None where it was not evaluated; nothing where none was."""
+    sides = [run.scores["questions"] if run.scores else {} for run in runs]
+    return {name: [side.get(name) for side in sides] for name in ASKED} if any(sides) else {}
+
+
 def _scores(runs: list[Run]) -> dict:
     """Metric → {"value", "n", "ci"} for each run, None where it was not measured; what no run has is left out."""
     sides = [_intervals(run.scores or {}) for run in runs]
@@ -250,7 +289,10 @@ def _intervals(scores: dict) -> dict:
 
 
 def _is_interval(value) -> bool:
-    return isinstance(value, dict) and "value" in value and "ci" in value
+    if not isinstance(value, dict) or not value.keys() >= {"value", "ci"}:
+        return False
+    ends = value["ci"] or [0, 0]
+    return isinstance(ends, list) and len(ends) == 2 and all(isinstance(one, int | float) for one in (value["value"] or 0, *ends))
 
 
 # Showing
@@ -300,6 +342,16 @@ def _show(found: dict) -> None:
             table(f"{title.capitalize()}{' that differ' * (title != 'scores')}", [title, *found["runs"]], rows, justify="left")
         else:
             say(f"{title}: {'none was evaluated' if title == 'scores' else 'no difference, places apart'}")
+    if found["questions"]:
+        _show_questions(found["runs"], found["questions"])
+
+
+def _show_questions(ids: list[str], asked: dict) -> None:
+    """Of which questions the scores are, and a warning where they are not the same ones."""
+    table("Questions", ["questions", *ids], [[name, *map(_value, values)] for name, values in asked.items()], justify="left")
+    different = {store.hash_json(each) for each in zip(asked["sha256"], asked["rows"], strict=True) if each != (None, None)}
+    if len(different) > 1:
+        say("warning: these scores are of different questions and do not compare. Evaluate each on the same --questions FILE.")
 
 
 def _value(value) -> str:

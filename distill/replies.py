@@ -21,6 +21,9 @@ from .errors import BackendError, shortened
 from .server import HOST, serving
 
 FAULT_CHARS = 500
+FILTERED = "the server's content filter kept the reply back"  # a fault of the row, as ROW_FAULTS has it
+NO_TEXT = "the reply holds no text"
+OWN_FAULT = (NO_TEXT, "its replies hold no text", "Raise max_new_tokens, which reasoning may have used up, or ask another model.")
 LASTING = re.compile(r"error code: 40[14]\b", re.I)  # a wrong key or address, for every question alike
 
 
@@ -117,7 +120,11 @@ def _reply(client, model: str, question: str, limit: int) -> tuple[dict | None, 
     try:
         messages = [{"role": "user", "content": question}]
         choice = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=limit).choices[0]
-        return {"text": choice.message.content or "", "stopped": choice.finish_reason != "length"}, ""
+        if choice.finish_reason == "content_filter":
+            return None, FILTERED
+        if choice.message.content is None:
+            return None, f"{NO_TEXT} (finish_reason {choice.finish_reason})"
+        return {"text": choice.message.content, "stopped": choice.finish_reason != "length"}, ""
     except APIStatusError as error:
         return None, f"Error code: {error.status_code} {error.body or ''}".strip()
     except OpenAIError as error:
@@ -171,7 +178,7 @@ class _Keeper:
 def _name_fault(said: str, endpoint: Endpoint) -> tuple[str, str]:
     """Which of the known faults an error looks like, and what to do."""
     facts = {**vars(endpoint), "model": str(endpoint.model), "state": "set now" if endpoint.key else "not set"}
-    for pattern, fault, advice in FAULTS:
+    for pattern, fault, advice in (OWN_FAULT, *FAULTS):
         if re.search(pattern, said, re.I | re.M):
             return fault.format(**facts), advice.format(**facts)
     return "what answers there is no API of OpenAI's form", "Check the base_url, which usually ends in /v1."

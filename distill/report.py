@@ -49,25 +49,38 @@ def write(evaluation: dict, out: str | Path) -> dict[str, str]:
     out         the folder, made where it is missing
     Returns {"json", "html", "markdown"}: the paths of report.json, report.html and report.md.
     """
+    return _write(evaluation, store.resolve(out) / "report.json")
+
+
+def _write(evaluation: dict, place: Path) -> dict[str, str]:
+    """Write an evaluation as JSON, and its pages beside it."""
     from . import report_markdown, report_page
 
-    folder = store.resolve(out)
-    pages = {"html": ("report.html", report_page.page), "markdown": ("report.md", report_markdown.markdown)}
-    written = {"json": str(store.write_json(folder / "report.json", evaluation))}
-    for kind, (name, made_by) in pages.items():
-        with store.atomic_file(folder / name) as file:
+    pages = {"html": (place.with_suffix(".html"), report_page.page), "markdown": (place.with_suffix(".md"), report_markdown.markdown)}
+    written = {"json": str(store.write_json(place, evaluation))}
+    for kind, (page, made_by) in pages.items():
+        with store.atomic_file(page) as file:
             file.write(made_by(evaluation))
-        written[kind] = str(folder / name)
+        written[kind] = str(page)
     return written
 
 
-def add(evaluation: dict, part: str, mode: str, found: dict) -> None:
-    """Put into an evaluation what was found after it was made, and into its report, where that still stands.
+def add(given, facts: dict, part: str, mode: str, found: dict) -> None:
+    """Put into an evaluation what was found after it was made, and into its report on disk, which may hold more than memory does by now.
 
-    part  "judge" or "ratings";  mode  the system that it is of
+    given  as the caller was given it: the path of its report.json, which is the one that is written; else the one in `facts["out"]` is
+    facts  the evaluation's dict
+    part   "judge" or "ratings";  mode  the system that it is of
+    Says so where no report is there to add to. Raises DistillError where another run is writing that report.
     """
-    evaluation[part] = {**evaluation[part], mode: found}
-    place = store.resolve(evaluation["out"]) / "report.json"
-    if store.is_file(place) and store.read_json(place)["made"] == evaluation["made"]:
-        write(evaluation, place.parent)
-        say(f"  added to {store.shown(place.with_suffix('.html'))}")
+    facts[part] = {**(facts.get(part) or {}), mode: found}
+    if not isinstance(given, str | Path) and "out" not in facts:
+        return say("  added to no report: the evaluation does not say where its own is. Give the path of its report.json instead.")
+    place = store.resolve(given) if isinstance(given, str | Path) else store.resolve(facts["out"]) / "report.json"
+    with store.lock(place):
+        stored = store.read_json(place) if store.is_file(place) else {}
+        if not isinstance(stored, dict) or not stored.get("made") or stored["made"] != facts.get("made"):
+            return say(f"  added to no report: {store.shown(place)} is gone or of another evaluation. Give the path of its report.json.")
+        stored[part] = {**(stored.get(part) or {}), mode: found}
+        _write(stored, place)
+    return say(f"  added to {store.shown(place.with_suffix('.html'))}")

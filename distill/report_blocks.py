@@ -54,7 +54,7 @@ class Folded:
 @dataclass(frozen=True)
 class Answer:
     title: str
-    right: bool
+    right: bool | None  # None where answers are not right or wrong, but near or far
     facts: str
     reasoning: str
     final: str

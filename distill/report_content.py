@@ -28,6 +28,7 @@ from .report_words import (
 )
 
 FOR_SCALE = "For scale: FirstSight's Qwen2-VL 8.3B → 2.2B came to 5.16 × the speed, 67.9% less memory and 73.4% fewer parameters."
+PREFERENCE_FACTS = ("judge", "equal", "malformed", "unanswered")
 PARTS = {"judge": "Pairs judged by a model", "ratings": "Pairs rated blind by a person"}
 PREFERENCE_NAMES = {
     "student": "the student's is better",
@@ -57,7 +58,7 @@ def sections(facts: dict) -> list[Section]:
 
 
 def _each(facts: dict, blocks_of) -> list:
-    """The blocks of every system, under its name where there are two."""
+    """The blocks of every system, under its name."""
     found = []
     for mode, system in facts["systems"].items():
         blocks = list(blocks_of(facts, system))
@@ -72,11 +73,19 @@ def _quality_blocks(facts: dict, system: dict) -> Iterator:
     columns = ["measure", "n", "teacher", "before training", "student", "kept", "student − teacher"]
     yield Prose(f"Judged by {METRICS[system['headline']].name}: {system['headline_reason']}.")
     yield Table(f"Quality of {title}", columns, rows)
+    yield Note(_read_note(facts, system))
     if gained := system["against_before"].get("exact_match"):
         yield Prose(_against_before(gained))
     if families := who["student"]["families"]:
         rows = [[family, f"{families[family]['n']:,}", *[_family(who[name], family) for name in who]] for family in families]
         yield Table(f"Exact match of {title} by family", ["family", "n", "teacher", "before training", "student"], rows)
+
+
+def _read_note(facts: dict, system: dict) -> str:
+    """Over what perplexity and agreement were read, and whose cannot be compared."""
+    others = [model["title"] for name in ("before", "student") if not (model := facts["models"][system[name]])["same_tokens"]]
+    apart = f" {' and '.join(others)}: cuts text into other tokens than the teacher, so neither can be compared." if others else ""
+    return f"Perplexity and next tokens: read over {system['references_read']}.{apart}"
 
 
 def _quality_note(facts: dict) -> str:
@@ -174,11 +183,13 @@ def _case_blocks(facts: dict, system: dict) -> Iterator:
     if not cases:
         return
     right = [tuple(case["answers"][system[who]]["right"] for who in ("teacher", "student")) for case in cases]
+    right = [both for both in right if None not in both]
     counts = {both: right.count(both) for both in ((True, True), (True, False), (False, True), (False, False))}
-    yield Prose(
-        f"Of {count(len(cases), 'question')} teacher and student are both right on {counts[True, True]:,}, the teacher alone on "
-        f"{counts[True, False]:,}, the student alone on {counts[False, True]:,}, neither on {counts[False, False]:,}."
-    )
+    if right:
+        yield Prose(
+            f"Of {count(len(right), 'question')} teacher and student are both right on {counts[True, True]:,}, the teacher alone on "
+            f"{counts[True, False]:,}, the student alone on {counts[False, True]:,}, neither on {counts[False, False]:,}."
+        )
     yield Cases(SYSTEM_TITLES[system["mode"]], [_case(facts, system, case) for case in cases])
 
 
@@ -204,12 +215,12 @@ def _question_blocks(facts: dict, system: dict) -> Iterator:
     questions, leakage = system["questions"], system["questions"]["leakage"]
     found = f"{leakage['removed']:,} ({leakage['same']:,} the same, {leakage['n_grams']:,} by n-grams)"
     against = leakage["checked_against"]
-    checked = count(against, "training row") if against is not None else f"not checked: {leakage['why_unchecked']}"
+    checked = f"not checked: {leakage['why_unchecked']}" if against is None else f"{count(against, 'row')} of its data"
     rows = [
         ("source", questions["source"]),
         ("SHA-256", questions["sha256"]),
         ("asked", f"{questions['rows']:,} of {questions['read']:,} read"),
-        ("checked against", checked),
+        ("looked for among", checked),
         ("removed as known to training", found if against is not None else NOT_MEASURED),
         ("selection", questions["note"]),
     ]
@@ -284,7 +295,12 @@ def _preference_blocks(facts: dict) -> Iterator:
             [PREFERENCE_NAMES.get(key, key.replace("_", " ")), f"{value['n']:,}", measured(value, "share")] for key, value in shares.items()
         ]
         yield Table(f"{title}: {SYSTEM_TITLES[mode]}", ["verdict", "n", "share"], rows)
-        named = [(key.replace("_", " "), str(value)) for key, value in found.items() if isinstance(value, str | int) and key != "n"]
+        named = [
+            (key.replace("_", " "), str(value)) for key, value in found.items() if key in ("judge", "equal", "malformed", "unanswered")
+        ]
+        if agreed := found.get("agreement"):
+            chance = "none: one verdict for all" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
+            named += [("agreement with", agreed["judge"]), ("Cohen's kappa", chance)]
         yield Terms(named)
 
 
@@ -296,7 +312,7 @@ def _extra_blocks(facts: dict) -> Iterator:
 
 
 def _method_blocks(facts: dict) -> Iterator:
-    yield Prose(f"Resampling has seed {facts['seed']}. Shares are of the questions asked.")
+    yield Prose(f"Resampling has seed {facts['seed']}. A share is of its n.")
     yield Heading("The measures in plain words")
     yield Terms([*[(metric.name, metric.meaning) for metric in METRICS.values()], *OTHER_TERMS.items()])
     yield Heading("Do it again")

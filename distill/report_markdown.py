@@ -86,8 +86,8 @@ def _cases(cases: blocks.Cases) -> list[str]:
 def _case(case: blocks.Case) -> list[str]:
     lines = [f"#### {_plain(case.title)}", "", _text(case.question), "", "Reference:", "", _text(case.reference), ""]
     for answer in case.answers:
-        mark = "✓ correct" if answer.right else "✗ wrong"
-        lines += [f"**{_plain(answer.title)}: {mark}**, {_plain(answer.facts)}", ""]
+        mark = {True: ": ✓ correct", False: ": ✗ wrong", None: ""}[answer.right]
+        lines += [f"**{_plain(answer.title)}{mark}**, {_plain(answer.facts)}", ""]
         lines += ["Reasoning:", "", _text(answer.reasoning), ""] if answer.reasoning else []
         lines += [_text(answer.final) if answer.final else "(no final answer)", ""]
     return lines

@@ -165,7 +165,7 @@ def _case(case: blocks.Case) -> str:
 
 
 def _answer(answer: blocks.Answer) -> str:
-    kind, mark = ("met", "✓ correct") if answer.right else ("missed", "✗ wrong")
+    kind, mark = {True: ("met", "✓ correct"), False: ("missed", "✗ wrong"), None: ("unknown", "")}[answer.right]
     head = f'<h5>{_words(answer.title)} <span class="{kind}">{mark}</span></h5><p>{_words(answer.facts)}</p>'
     thought = ""
     if answer.reasoning:

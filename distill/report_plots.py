@@ -11,8 +11,8 @@ def drawn(facts: dict) -> list[plots.Plot]:
     curves = [_series(system, system["training"]["loss"]) for system in trained if any(system["training"]["loss"].values())]
     found = [plots.loss(curves)] if curves else []
     if pairs := [_series(system, points) for system in systems if (points := _speed_points(facts, system))]:
-        names = {METRICS[system["headline"]].name for system in systems}
-        found.append(plots.quality_speed(pairs, " or ".join(sorted(names)).capitalize()))
+        names = " or ".join(sorted({METRICS[system["headline"]].name for system in systems})).capitalize()
+        found.append(plots.quality_speed(pairs, f"{names} (teacher in {facts['models']['teacher']['bits']} bits)"))
     for system in systems:
         found += _length_plot(system) if system["mode"] == "system2" else []
     for system in trained:
@@ -40,12 +40,12 @@ def _speed_points(facts: dict, system: dict) -> list[tuple]:
 
 
 def _length_plot(system: dict) -> list[plots.Plot]:
-    """Right answers by length, of teacher and student; nothing where all of the student's are of one length."""
+    """Right answers by length, of teacher and student; nothing where all of the student's are of one length, or none is right or wrong."""
     points = {
         who: [(case["answers"][system[who]]["tokens"], case["answers"][system[who]]["right"]) for case in system["cases"]]
         for who in ("teacher", "student")
     }
-    if len(plots.length_bins(points["student"])) < 2:
+    if any(right is None for who in points.values() for _, right in who) or len(plots.length_bins(points["student"])) < 2:
         return []
     return [plots.length_correctness([plots.Series("teacher", "Teacher", points["teacher"]), _named(system, points["student"])])]
 

@@ -40,12 +40,13 @@ def _lede(facts: dict) -> str:
 
 def _asked(facts: dict) -> str:
     """On how many questions, and what is known of whether training saw them."""
-    systems = facts["systems"].values()
-    asked = " and ".join(f"{system['questions']['rows']:,}" for system in systems)
-    leakage = [system["questions"]["leakage"] for system in systems]
-    removed = sum(each["removed"] for each in leakage)
-    seen = f"{removed:,} more that training had seen were left out" if removed else "training had seen none of them"
-    if any(each["checked_against"] is None for each in leakage):
+    systems = [system["questions"] for system in facts["systems"].values()]
+    asked = " and ".join(f"{questions['rows']:,}" for questions in systems)
+    removed = sum(questions["leakage"]["removed"] for questions in systems)
+    seen = f"{removed:,} more that training had seen were left out" if removed else "none was found among the rows of training"
+    if any(questions["note"] for questions in systems):
+        seen += "; validation rows are among them, by which the checkpoint was chosen"
+    if any(not questions["leakage"]["checked_against"] for questions in systems):
         seen = "whether training had seen them was not checked"
     return f"Scored on {asked} held-out questions; {seen}."
 

@@ -20,6 +20,7 @@ from .errors import BackendError
 from .machine import check_served
 
 HOST = "127.0.0.1"
+EVERYWHERE = ("", "0.0.0.0")  # to listen at every address, which is none to ask at
 SERVED = "teacher"  # what a model is called where it is served: its own name may hold what a server reads as its own signs
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 START_SECONDS = 1800
@@ -107,12 +108,14 @@ class Server:
     def __init__(self, kind: str, model: str, device: str, folder: Path, output: IO, port: int, place: dict) -> None:
         self.kind, self.model, self.model_id = kind, model, place.get("name", SERVED)
         self._device, self._folder, self._output, self._fixed_port, self._place = device, folder, output, port, place
+        host = place.get("host", HOST)
+        self._host = HOST if host in EVERYWHERE else host
         self._child: Popen | None = None
         self._port = self._starts = 0
 
     @property
     def base_url(self) -> str:
-        return f"http://{HOST}:{self._port}/v1"
+        return f"http://{self._host}:{self._port}/v1"
 
     @property
     def log(self) -> Path:
@@ -164,7 +167,7 @@ class Server:
         from urllib.request import ProxyHandler, build_opener
 
         try:
-            with build_opener(ProxyHandler({})).open(f"http://{HOST}:{self._port}/health", timeout=HEALTH_SECONDS) as answer:
+            with build_opener(ProxyHandler({})).open(f"http://{self._host}:{self._port}/health", timeout=HEALTH_SECONDS) as answer:
                 return answer.status == 200
         except OSError:  # refused, reset, too slow, or an error status
             return False

@@ -54,14 +54,19 @@ def student_at(path: str | Path, mode: str | None = None, before: str | None = N
     return Student(mode, name, model_name(before) if before else record and record["job"]["models"]["student"], record or {})
 
 
-def learnt_rows(student: Student) -> list[Path] | None:
-    """The files of the rows that a student saw, those of validation too; None where they are gone, or others stand there now."""
-    data, tokens = student.record.get("data", {}), student.run_folder and student.run_folder / "train_tokenized.json"
-    known = [(Path(data.get("labeled_path", "")), data.get("labeled_sha256")), (tokens, student.record.get("tokens_sha256"))]
-    for rows, sha256 in known:
-        if rows and store.is_file(rows) and store.hash_file(rows) == sha256:
-            return [place for place in (rows, validation_path(rows)) if store.is_file(place)]
-    return None
+def learnt_rows(student: Student) -> tuple[Path | None, Path | None]:
+    """The files of the rows that a student learnt from and of those that it was chosen by (validation), each as it was then; else None."""
+    data, run = student.record.get("data", {}), student.run_folder
+    labeled, tokens = Path(data.get("labeled_path", "")), run / "train_tokenized.json" if run else Path()
+    known = {
+        "labeled": ((labeled, data.get("labeled_sha256")), (tokens, student.record.get("tokens_sha256"))),
+        "validation": ((validation_path(labeled) if labeled.name else labeled, data.get("validation_sha256")),),
+    }
+    found = {
+        kind: next((rows for rows, sha256 in places if sha256 and store.is_file(rows) and store.hash_file(rows) == sha256), None)
+        for kind, places in known.items()
+    }
+    return found["labeled"], found["validation"]
 
 
 def template_differs(student: Student, tokenizer) -> bool | None:
@@ -158,4 +163,4 @@ def _levels(data: dict) -> dict | None:
 def _levels_of(labeled: Path) -> Iterator[tuple]:
     for row in store.read_rows(labeled):
         if row.get("RV") is not None and row.get("CD") is not None:
-            yield row["RV"], row["CD"]
+            yield int(row["RV"]), int(row["CD"])  # levels; a column with gaps holds them as floats

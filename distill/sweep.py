@@ -16,7 +16,7 @@ from .intervals import wilson
 from .models import RUN_RECORD
 from .perturb import perturbed
 from .pipeline import distill_system1, distill_system2
-from .prompt import MODES, format_prompt, row_id
+from .prompt import MODES, format_prompt, is_unicode, row_id
 from .scores import score
 from .sweep_plan import PREPARE, Cell, Sweep, cells_of, data_arguments, read_sweep, settings_of, slug
 
@@ -27,17 +27,18 @@ def run_sweep(preset: str, *, out: str | Path | None = None, fresh: bool = False
     """Run every cell of a sweep; write its table and plot as sweep.json, .md, .html and .svg.
 
     preset  a name in `configs/sweeps`, or the path of a JSON file
-    out     folder of the report; None: `reports/sweep/<name>`
+    out     folder of the report; None: `reports/sweep/<name>`, with a limit `reports/sweep/<name>-limit-<limit>`; where the report of
+            another sweep of that name stands there, a folder beside it
     fresh   do it all anew; else what is finished stays, and what was cut short goes on
     limit   held-out questions of each family that are asked, the first ones; None: all
-    Returns what sweep.json holds: {"name", "system", "axes", "questions", "cells": [{"axes", "seed", "status": "done" | "failed", "error",
-    "checkpoint", "run", "rows", "train_seconds", "parameters", "scores"}], "over_seeds", "failed": how many, "files"}. A cell that fails is
-    recorded with its error and the others go on.
+    Returns what sweep.json holds: {"name", "key" (tells sweeps of a name apart), "system", "axes", "questions", "cells": [{"axes", "seed",
+    "status": "done" | "failed", "error", "checkpoint", "run", "rows", "train_seconds", "parameters", "scores"}], "over_seeds", "failed":
+    how many, "files"}. A cell that fails is recorded with its error and the others go on.
     Raises ConfigError that lists every problem of the preset, DataError for questions that cannot be asked; then nothing was written.
     """
     sweep = read_sweep(preset)
     questions = _questions(sweep, limit)
-    place, work = store.resolve(out or Path("reports") / "sweep" / sweep.name), store.ROOT / "runs" / "sweeps" / sweep.name
+    place, work = store.resolve(out or _folder(sweep, limit)), store.ROOT / "runs" / "sweeps" / f"{sweep.name}-{sweep.key}"
     store.check_writable(place / "sweep.json")
     with store.lock(work):
         runner = _Runner(sweep, work, questions, fresh)
@@ -51,6 +52,17 @@ def run_sweep(preset: str, *, out: str | Path | None = None, fresh: bool = False
 
         sweep_page.show(result)
         return result | {"files": sweep_page.write(result, place)}
+
+
+def _folder(sweep: Sweep, limit: int | None) -> Path:
+    """Where the report goes: no report of another sweep, or of another limit, is overwritten."""
+    usual = Path("reports") / "sweep" / (f"{sweep.name}-limit-{limit}" if limit else sweep.name)
+    there = store.read_json(usual / "sweep.json") if store.is_file(store.resolve(usual / "sweep.json")) else {"key": sweep.key}
+    if isinstance(there, dict) and there.get("key") == sweep.key:
+        return usual
+    own = usual.with_name(f"{usual.name}-{sweep.key}")
+    say(f"note: {usual} holds the report of another sweep of this name; this one goes to {own}")
+    return own
 
 
 # The held-out questions
@@ -69,6 +81,10 @@ def _questions(sweep: Sweep, limit: int | None) -> list[dict]:
             continue
         if missing := [field for field in ("instruction", "answer") if not isinstance(row.get(field), str) or not row[field].strip()]:
             raise DataError(f"row {number} of {store.shown(sweep.questions)} has no {' and no '.join(missing)}: it cannot be scored.")
+        texts = {field: row.get(field) or "" for field in ("instruction", "input", "answer")}
+        texts |= {field: str(row.get(field) or "") for field in ("id", "family")}
+        if unusable := [field for field, text in texts.items() if not isinstance(text, str) or not is_unicode(text)]:
+            raise DataError(f"row {number} of {store.shown(sweep.questions)}: its {' and '.join(unusable)} is no valid text.")
         family = str(row.get("family") or "all")
         seen[family] += 1
         if limit is None or seen[family] <= limit:
@@ -90,6 +106,7 @@ class _Runner:
     def __init__(self, sweep: Sweep, work: Path, questions: list[dict], fresh: bool) -> None:
         self.sweep, self.work, self.questions, self.fresh = sweep, work, questions, fresh
         self.trained: dict[str, dict | DistillError] = {}
+        self.prepared: set[Path] = set()
 
     def run(self, cell: Cell) -> dict:
         """A cell's facts and scores, or the error that it failed with."""
@@ -120,7 +137,8 @@ class _Runner:
             places = {"out_labeled": str(labeled), "out_instructions": str(labeled.with_name("instructions.json"))}
         else:
             places = {"out_cot": str(labeled)}
-        PREPARE[self.sweep.system](**arguments, **places, fresh=self.fresh)
+        PREPARE[self.sweep.system](**arguments, **places, fresh=self.fresh and labeled not in self.prepared)
+        self.prepared.add(labeled)
         settings = settings_of(self.sweep, cell, folder, labeled)
         checkpoint = DISTILL[self.sweep.system](settings | ({"fresh": True} if self.fresh else {}))
         record = store.read_json(Path(checkpoint) / RUN_RECORD)
@@ -137,7 +155,8 @@ class _Runner:
         place = self.work / "questions" / f"{kind.replace(' ', '_')}.jsonl"
         store.write_jsonl(place, [{**row, "instruction": perturbed(row["instruction"], kind, row["id"])} for row in self.questions])
         asked = [{"name": "student", "path": checkpoint, "mode": mode}]
-        found = score(asked, place, self.work, {mode: token_limit(self.sweep.max_new_tokens, mode)}, fresh=self.fresh)["student"]
+        limit = token_limit(self.sweep.max_new_tokens, self.sweep.system)  # the same for all cells: what differs between them is the axes
+        found = score(asked, place, self.work, {mode: limit}, fresh=self.fresh)["student"]
         families = found["exact_match"]
         right = sum(round(share["value"] * share["n"]) for share in families.values())
         overall = wilson(right, sum(share["n"] for share in families.values()))
@@ -149,6 +168,7 @@ def _result(sweep: Sweep, cells: list[dict], questions: list[dict], command: str
     return {
         "schema": 1,
         "name": sweep.name,
+        "key": sweep.key,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "note": sweep.note,

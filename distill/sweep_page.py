@@ -13,14 +13,11 @@ from .console import say, visible
 from .errors import shortened
 from .markdown import plain
 from .plots import COLOURS, INK, STYLE
+from .registry import with_interval
 from .report_page import POLICY
 from .sweep_plan import shown
 
 LEGEND = "Shares are of all answers, with their 95% Wilson intervals; stopped: by themselves; seconds: of the training alone."
-
-
-def with_interval(share: dict) -> str:
-    return f"{share['value']:.3f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}]"
 
 
 def varied(result: dict) -> list[str]:

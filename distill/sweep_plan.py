@@ -38,7 +38,7 @@ AXES = {
     "cd": (lambda value: _is_window(value), "[lowest, highest], levels 0 to 9"),
     "student_model": (lambda value: isinstance(value, str) and bool(value.strip()), "a hub name or the path of a folder"),
     "cot_sentence": (lambda value: isinstance(value, bool), "true or false"),
-    "prompt": (lambda value: value in PROMPTS, " or ".join(map(json.dumps, PROMPTS))),
+    "prompt": (lambda value: isinstance(value, str) and value in PROMPTS, " or ".join(map(json.dumps, PROMPTS))),
 }
 SETTINGS = (*TRAINING, *LAB, *(name for name in OTHER_NAMES if OTHER_NAMES[name] in TRAINING))
 
@@ -61,6 +61,11 @@ class Sweep:
     design: str
     max_new_tokens: int | None
     note: str
+
+    @property
+    def key(self) -> str:
+        """What tells apart sweeps of the same name, by which their folders go."""
+        return store.hash_json([self.system, self.preset, self.data, self.questions])[:8]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The kernel of a notebook may lack the libraries, and math-verify keeps its time 
 import argparse
 import logging
 import re
+import unicodedata
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -32,13 +33,14 @@ def score_groups(groups: dict[str, list[dict]], run_folder: Path) -> dict[str, d
     run_folder  where the log goes, textscores.log
     Returns {name: {"rows", "bleu", "timeouts", "versions"}}; all scores are of the text behind the reasoning.
         rows      in order, [{"exact_match": 0 | 1, "token_f1": 0–1, "rouge_l": 0–1, "math_verified": 0 | 1 | None, "repeated": 0–1}]
-                  rouge_l        F-measure, without a stemmer (Lin 2004, W04-1013; rouge-score)
-                  math_verified  math-verify finds the answer equal to the reference; None where the reference holds no math
+                  rouge_l        F-measure, without a stemmer (Lin 2004, W04-1013; rouge-score), over words of any script
+                  math_verified  math-verify finds the answer equal to the reference; None where the reference holds no math, or none
+                                 that is read in time, which is found out once, so that it is the same for all models
                   repeated       of the whole text, reasoning and all (`metrics.repeated_share`)
         bleu      {"value": 0–100 | None, "n", "ci": [low, high] | None, "signature"}: corpus BLEU (Papineni et al. 2002, P02-1040) by
-                  sacrebleu, with no higher order of n-grams than the answers have, so that those of one word count; percentile
-                  interval at 95% over resampled rows
-        timeouts  rows on which math-verify's time ran out; they count as wrong
+                  sacrebleu, with no higher order of n-grams than the answers have, so that those of one word count; characters are its
+                  words where the references are Chinese, as the signature says ("tok:zh"); percentile interval at 95% over resampled rows
+        timeouts  rows on which math-verify's time ran out; they count as wrong, but for those whose reference is not read in time
     Raises BackendError with the end of the log.
     """
     if not groups:
@@ -70,21 +72,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m distill.textscores", description="Score the texts of answers.")
     parser.add_argument("--request", required=True, help="JSON: {groups, result}, as distill.textscores.score_groups writes it")
     job = store.read_json(parser.parse_args().request)
-    scored, done = {}, 0
+    judge, scored, done = _MathJudge(), {}, 0
     for name, pairs in job["groups"].items():
-        scored[name] = score_group(pairs, lambda rows, name=name, before=done: engine.emit(name=name, done=before + rows))
+        scored[name] = score_group(pairs, judge, lambda rows, name=name, before=done: engine.emit(name=name, done=before + rows))
         done += len(pairs)
     store.write_json(job["result"], scored)
 
 
-def score_group(pairs: list[dict], finished: Callable[[int], None] = lambda rows: None) -> dict:
+def score_group(pairs: list[dict], judge: "_MathJudge", finished: Callable[[int], None] = lambda rows: None) -> dict:
     """Score one model's answers, in this process. Takes and returns what `score_groups` does, of one group.
 
+    judge     that of all groups
     finished  called now and then with the number of rows that are done
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    rouge, judge, rows = RougeScorer(["rougeL"], use_stemmer=False), _MathJudge(), []
+    rouge, rows, timeouts_before = RougeScorer(["rougeL"], tokenizer=_RougeWords), [], judge.timeouts
     for pair in pairs:
         if len(rows) % REPORT_EVERY_ROWS == 0:
             finished(len(rows))
@@ -94,7 +97,7 @@ def score_group(pairs: list[dict], finished: Callable[[int], None] = lambda rows
     return {
         "rows": rows,
         "bleu": corpus_bleu([pair["reference"] for pair in pairs], finals),
-        "timeouts": judge.timeouts,
+        "timeouts": judge.timeouts - timeouts_before,
         "versions": {package: version(package) for package in PACKAGES},
     }
 
@@ -112,10 +115,19 @@ def _row(reference: str, text: str, rouge, judge: "_MathJudge") -> dict:
 
 def _comparable(*texts: str) -> list[str]:
     """Two texts as they are, or their beginnings where ROUGE-L would need too much time and memory for the whole."""
-    words = [text.split() for text in texts]
+    words = [_RougeWords.tokenize(text) for text in texts]
     if len(words[0]) * len(words[1]) <= ROUGE_CELLS:
         return list(texts)
     return [" ".join(each[:ROUGE_WORDS]) for each in words]
+
+
+class _RougeWords:
+    """What ROUGE compares: lower-case runs of letters and digits, as by rouge-score itself, which knows none but ASCII's."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        letters = unicodedata.normalize("NFC", text.lower())
+        return metrics.words("".join(sign if sign.isalnum() or unicodedata.category(sign)[0] == "M" else " " for sign in letters))
 
 
 class _MathJudge(logging.Filter):
@@ -124,6 +136,7 @@ class _MathJudge(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.timeouts, self.ran_out = 0, False
+        self.references: dict[str, tuple[list, bool]] = {}
         for module in ("parser", "grader"):
             logging.getLogger(f"math_verify.{module}").addFilter(self)
 
@@ -133,15 +146,22 @@ class _MathJudge(logging.Filter):
         return True
 
     def verify(self, reference: str, final: str) -> int | None:
-        """Whether an answer is, as math, what the reference is; None where that holds none."""
+        """Whether an answer is, as math, what the reference is; None where that holds none, or none that is read in time."""
         from math_verify import verify
 
-        self.ran_out = False
-        wanted = next(filter(None, map(_parsed, reversed(_readings(reference)))), [])
+        wanted, self.ran_out = self._wanted(reference)
         given = [each for reading in _readings(final) for each in _parsed(reading)] if wanted else []
         is_right = verify(wanted, given, timeout_seconds=MATH_SECONDS)
         self.timeouts += self.ran_out
-        return int(is_right) if wanted or self.ran_out else None
+        return int(is_right) if wanted else None
+
+    def _wanted(self, reference: str) -> tuple[list, bool]:
+        """The math in a reference and whether time ran out on it; read once, since a second reading may take longer or less."""
+        if reference not in self.references:
+            self.ran_out = False
+            wanted = next(filter(None, map(_parsed, reversed(_readings(reference)))), [])
+            self.references[reference] = wanted, self.ran_out
+        return self.references[reference]
 
 
 def _readings(text: str) -> list[str]:
@@ -163,7 +183,7 @@ def corpus_bleu(references: list[str], texts: list[str], seed: int = 0) -> dict:
 
     if not texts:
         return {"value": None, "n": 0, "ci": None, "signature": None}
-    bleu = BLEU(effective_order=True)
+    bleu = BLEU(effective_order=True, tokenize="zh" if metrics.is_cjk("".join(references)) else "13a")
     value = bleu.corpus_score(texts, [references]).score
     rows = [bleu.sentence_score(text, [reference]) for text, reference in zip(texts, references, strict=True)]
     counts = np.array([[row.sys_len, row.ref_len, *row.counts, *row.totals] for row in rows])

@@ -23,6 +23,7 @@ from .models import bits_for, check_model, load_to_answer
 from .prompt import MODES, asked_ids
 
 BATCHED_RUNS = 2  # of a round, after one to warm up
+LEAST = {"runs": 1, "rounds": 1, "warm_up": 0, "batch_size": 1, "lengths": 2}
 FACTS = ("bits", "device", "parameters", "weight_bytes")  # that are the same in each turn
 
 
@@ -43,10 +44,10 @@ def measure(
         role    "teacher" or "student"; each student is compared with each teacher
         bits    of a weight, 4, 8, 16 or 32; None takes a teacher's 8, or 4 where 8 do not fit; a student's by device
     run_folder  where the log goes, timing.log
-    runs        answers of each model, one at a time, over all rounds
+    runs        answers of each model, one at a time, over all rounds; at least 1
     lengths     of an answer, in tokens
     batch_size  questions of a batch, whose answers are as long as the shortest length
-    rounds      how often each model has its turn; it is loaded anew each time
+    rounds      how often each model has its turn, at most `runs`; it is loaded anew each time
     warm_up     answers of a turn that do not count, as long as the shortest length; of batches it is one
     Returns {"runs", "rounds", "warm_up", "lengths", "batch_size", "models": {name: figures}, "ratios": [{"student", "teacher", "speed",
     "memory_saved", "parameters_saved"}]}. Seconds count from the question's tokens to an answer's, its own pass included; tokens a second
@@ -54,19 +55,22 @@ def measure(
     Raises ConfigError where a model's positions are too few for prompt and answer, PreflightError where a teacher does not fit,
     BackendError with the model's name and the end of the log.
     """
-    job = {"runs": runs, "rounds": rounds, "warm_up": warm_up, "lengths": sorted(lengths), "batch_size": batch_size}
-    _check_settings(job)
+    _check({"runs": runs, "rounds": rounds, "warm_up": warm_up, "batch_size": batch_size, "lengths": min(lengths, default=0)})
+    job = {"runs": runs, "rounds": min(rounds, runs), "warm_up": warm_up, "lengths": sorted(lengths), "batch_size": batch_size}
     held = [{**request, **_held(request, job)} for request in requests]
     turns = _measure(held, job, run_folder, title)
     figures = {request["name"]: _figures(request, turns[request["name"]], job) for request in requests}
     return {**job, "models": figures, "ratios": _ratios(requests, figures)}
 
 
-def _check_settings(job: dict) -> None:
+def check_runs(runs: int) -> None:
+    """Raise ConfigError for a number of runs that `measure` would refuse: to be asked before what takes hours."""
+    _check({"runs": runs})
+
+
+def _check(given: dict[str, int]) -> None:
     """Raise ConfigError for numbers that cannot be."""
-    least = {"runs": job["rounds"], "rounds": 1, "warm_up": 0, "batch_size": 1, "lengths": 2}
-    given = {**job, "lengths": min(job["lengths"], default=0)}
-    if wrong := [f"{name} = {given[name]!r}: give at least {least[name]}." for name in least if given[name] < least[name]]:
+    if wrong := [f"{name} = {value!r}: give at least {LEAST[name]}." for name, value in given.items() if value < LEAST[name]]:
         raise ConfigError.from_problems("what is to be timed", wrong)
 
 

@@ -210,7 +210,14 @@ def _model(name: str, cases: dict) -> dict:
     modes = [system] if system else list(cases)
     quality = {mode: _quality(name, role, mode, cases[mode]) for mode in modes}
     known = {"name": name, "role": role, "title": title, "system": system, "path": path, "parameters": parameters}
-    return known | {"weight_bytes": weight_bytes, "disk_bytes": disk_bytes, "bits": bits, "quality": quality}
+    return known | {
+        "weight_bytes": weight_bytes,
+        "same_tokens": True,
+        "fingerprint": "0" * 64,
+        "disk_bytes": disk_bytes,
+        "bits": bits,
+        "quality": quality,
+    }
 
 
 def _quality(name: str, role: str, mode: str, cases: list[dict]) -> dict:
@@ -277,6 +284,7 @@ def _system(mode: str, cases: list[dict], each: int) -> dict:
         "before": f"before_{mode}",
         "teacher": "teacher",
         "headline": "exact_match",
+        "references_read": "the reference answers",
         "headline_reason": "every reference is one short answer that can be matched exactly",
         "questions": {
             "source": "data/micro/heldout.jsonl",

@@ -2,14 +2,15 @@
 
 import copy
 import re
+import time
 from pathlib import Path
 
 import pytest
 from sealed_checkpoint import sealed
 
-from distill import card, store
+from distill import card, models, store
 from distill.cli_publish import PUBLISH_COMMANDS
-from distill.errors import ConfigError, DataError
+from distill.errors import ConfigError, DataError, without_secrets
 from distill.models import RUN_RECORD
 
 HOSTILE = 'a`<script>alert(1)</script>|*x*\n---\nlicense: mit\n# Title [click](javascript:1) www.evil.example "{{ 7*7 }}"'
@@ -28,8 +29,9 @@ def checkpoint(prepared_rows, project) -> Path:
 def evaluation(checkpoint) -> dict:
     quality = {"exact_match": measured(0.9), "token_f1": measured(0.92), "math_verified": None, "perplexity": measured(1.2)}
     student = {"name": "system1", "role": "after", "path": str(checkpoint), "quality": {"system1": quality}}
+    student["fingerprint"] = models.fingerprint(str(checkpoint))
     teacher = {"name": "teacher", "role": "teacher", "path": "acme/teacher", "quality": {"system1": {"exact_match": measured(0.95)}}}
-    questions = {"source": "/home/me/heldout.jsonl", "sha256": "ab" * 32, "leakage": {"removed": 3}}
+    questions = {"source": "/home/me/heldout.jsonl", "sha256": "ab" * 32, "leakage": {"checked_against": 500, "removed": 3}}
     system = {
         "student": "system1",
         "teacher": "teacher",
@@ -38,8 +40,12 @@ def evaluation(checkpoint) -> dict:
         "retained": {"exact_match": measured(0.947)},
     }
     ratio = {"student": "system1", "teacher": "teacher 8-bit", "speed": measured(5.2), "memory_saved": 0.679, "parameters_saved": 0.734}
-    models = {"system1": student, "teacher": teacher}
-    return {"models": models, "systems": {"system1": system}, "speed": {"ratios": [ratio]}, "device": {"name": "CPU, 2 cores"}}
+    return {
+        "models": {"system1": student, "teacher": teacher},
+        "systems": {"system1": system},
+        "speed": {"ratios": [ratio]},
+        "device": {"name": "CPU, 2 cores"},
+    }
 
 
 def reseal(folder: Path, change) -> dict:
@@ -67,8 +73,8 @@ def test_a_card_leaves_the_checkpoint_whole_and_says_how_it_was_made(checkpoint)
     assert store.read_manifest(checkpoint, name=RUN_RECORD)
     found = metadata(text)
     assert found["library_name"] == "transformers" and found["pipeline_tag"] == "text-generation" and "system-1" in found["tags"]
-    assert "base_model" not in found and "student_system1" in text and "has no name on the hub" in text
-    assert "| learning_rate | 0.002 |" in text and "500 to train on, 60 for validation" in text
+    assert "base_model" not in found and r"student\_system1" in text and "has no name on the hub" in text
+    assert r"| learning\_rate | 0.002 |" in text and "500 to train on, 60 for validation" in text
     assert "distilqwen.parquet (500)" in text and "nothing is claimed of its quality" in text
     assert "python distill_app.py system1 --preset micro_system1" in text
 
@@ -116,7 +122,7 @@ def test_scores_stand_in_the_metadata_and_in_a_table_with_n_and_intervals(checkp
     assert results["exact_match"].metric_args == {"n": 200, "interval_95": [0.85, 0.9500000000000001]}
     assert "| exact match | 200 | 0.9 [0.85, 0.95] | – | 0.95 [0.9, 1] | 0.947 [0.897, 0.997] |" in text
     assert (
-        "3 near-duplicates" in text
+        "near-duplicates of training rows: 3 removed, 500 training rows looked at" in text
         and "memory of the weights -67.9%, parameters -73.4% (on CPU, 2 cores)" in text
         and "heldout.jsonl" in text
     )
@@ -129,6 +135,30 @@ def test_an_evaluation_of_other_models_is_refused(checkpoint, evaluation, tmp_pa
     with pytest.raises(ConfigError, match="names no models and systems"):
         card.write_model_card(checkpoint, {"scores": 1})
     assert not (checkpoint / card.CARD).exists()
+
+
+def test_scores_of_the_model_that_stood_there_before_are_refused(checkpoint, evaluation):
+    reseal(checkpoint, lambda record: (checkpoint / "generation_config.json").write_text("{}"))
+    with pytest.raises(ConfigError, match="The evaluation is of other models than student"):
+        card.write_model_card(checkpoint, evaluation)
+    del evaluation["models"]["system1"]["fingerprint"]
+    with pytest.raises(ConfigError, match="The evaluation is of other models than student"):
+        card.write_model_card(checkpoint, evaluation)
+
+
+def test_what_was_not_checked_is_no_clean_bill(checkpoint, evaluation):
+    leakage = {"checked_against": None, "removed": 0, "why_unchecked": "the rows that it learnt from are gone"}
+    evaluation["systems"]["system1"]["questions"]["leakage"] = leakage
+    text = written(checkpoint, evaluation)
+    assert "near-duplicates of training rows: not checked: the rows that it learnt from are gone." in text and "0 removed" not in text
+
+
+def test_an_unedited_card_takes_another_name_with_all_that_it_says(checkpoint, evaluation):
+    text = written(checkpoint, evaluation, license="mit")
+    record = card.read_record(checkpoint)
+    assert card.renamed(text, "me/x") == card.compose(checkpoint, record, evaluation, "mit", name="me/x") != text
+    edited = text.replace("System-1", "System-2")
+    assert card.is_unedited(text) and not card.is_unedited(edited) and card.renamed(edited, "me/x") == edited
 
 
 def test_hostile_names_are_shown_and_neither_metadata_nor_markup(checkpoint, project, evaluation):
@@ -145,7 +175,9 @@ def test_hostile_names_are_shown_and_neither_metadata_nor_markup(checkpoint, pro
     moved = checkpoint.rename(checkpoint.with_name(HOSTILE.partition("/")[0]))
     evaluation["models"]["system1"]["path"] = str(moved)
     evaluation["systems"]["system1"]["questions"]["source"] = HOSTILE
+    evaluation["models"]["system1"]["fingerprint"] = models.fingerprint(str(moved))
     text = written(moved, evaluation)
+    assert card.is_unedited(text) and card.renamed(text, "me/x") == card.compose(moved, card.read_record(moved), evaluation, name="me/x")
     assert metadata(text)["license"] == "other" and text.count("\n---\n") == 1
     prose = re.sub(r"```.*?```", "", text.partition("\n---\n")[2], flags=re.DOTALL)
     assert not re.search(r"(?<!\\)(<script|\[click|\*x|`<)|^# Title|^license|www\.evil", prose, re.MULTILINE)
@@ -188,8 +220,50 @@ def test_places_and_keys_are_cut_from_a_record():
     assert "hf_" not in card.for_strangers("key hf_" + "a" * 30)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see /home/Jane Doe/models/x", "see x"),
+        ("../alice/private/x", "x"),
+        ("log: ../alice/private/x, whole", "log: x, whole"),
+        ("models/../../alice/x", "x"),
+        (r"at \\server\alice\share\x now", "at x now"),
+        (r"\\server\alice\x", "x"),
+        ("/home/alice", "~"),
+        ("log at /home/alice/", "log at ~"),
+        (r"C:\Users\alice", "~"),
+        ("~alice", "~"),
+        ("~5 min", "~5 min"),
+        (r"\frac{a}{b} 1/2/3 and https://host/a/b", r"\frac{a}{b} 1/2/3 and https://host/a/b"),
+    ],
+)
+def test_a_place_keeps_its_last_name_alone_and_a_home_none(text, shown):
+    assert card.for_strangers(text) == shown
+
+
+@pytest.mark.parametrize(
+    "key", ["AKIAIOSFODNN7EXAMPLE", "ghp_" + "a1" * 18, "github_pat_" + "A1_" * 20, "https://me:pw@host/x", "https://pw@host"]
+)
+def test_keys_are_known_by_their_form(key):
+    assert key not in without_secrets(f"see {key}, please") and "***" in without_secrets(key)
+
+
+@pytest.mark.parametrize(
+    "link", ["https://medium.com/@me/post", "https://host:8080/@me/x", "ssh://git@host/x", '{"a":"https://b.example","c":"me@d"}']
+)
+def test_a_link_without_a_password_is_no_key(link):
+    assert without_secrets(link) == link
+
+
+@pytest.mark.parametrize("hostile", ["x " + "/a b c d " * 9_000, "../" * 30_000, "://a:" * 15_000, "https://" * 9_000])
+def test_a_long_text_is_cut_in_no_long_time(hostile):
+    start = time.process_time()
+    card.for_strangers(hostile)
+    assert time.process_time() - start < 5
+
+
 def test_the_cards_code_runs_on_the_checkpoint_and_answers_as_the_lab_does(checkpoint, monkeypatch, capsys):
-    from distill import generation, models
+    from distill import generation
 
     code = re.search(r"```python\n(.*?)```", written(checkpoint), re.DOTALL)[1]
     expected = generation.infer_student(*models.load_student(str(checkpoint)), card.QUESTION)

@@ -48,6 +48,7 @@ def called(given: dict, after: float, before: float = 0.0, teacher: float = 1.0,
     return [fault["what"] for fault in faults]
 
 
+NOT_FINITE = "Its weights are not finite."
 CHANCE = "It knows no more than chance, as random weights do."
 TEMPLATE = "Its chat template is not the one that it was trained with."
 ENDLESS = "Its answers do not stop by themselves."
@@ -132,6 +133,12 @@ def test_a_rise_of_one_measure_is_enough():
     facts = {"template_differs": False, "limit_tokens": 256, "vocabulary": VOCABULARY, "mode": "system1"}
     assert diagnose(quality(200), quality(200), comparisons, facts) == []
     assert diagnose(quality(200), None, {"retained": {}, "against_before": {}}, facts) == []
+
+
+def test_weights_that_are_not_finite_are_the_first_fault():
+    unread = {**quality(100, exact_match=0.0, stopped=0.0), "perplexity": None, "agreement": None, "calibration": None}
+    assert called(unread, 0.0, not_finite=True, template_differs=True) == [NOT_FINITE, TEMPLATE, ENDLESS, NO_BETTER]
+    assert called(quality(200), 0.9, not_finite=False) == []
 
 
 def test_the_evidence_gives_the_figures_and_the_advice_the_settings():

@@ -16,8 +16,9 @@ LIMITS = {"system1": 60, "system2": 60}  # long enough to show a loop
 
 
 def random_weights(path, micro):
-    shutil.rmtree(path)
-    shutil.copytree(micro / "student_system1", path)
+    from distill.microlab import new_model
+
+    new_model("student_system1", load_tokenizer(str(path)), seed=7).save_pretrained(path)
 
 
 def wrong_template(path, micro):
@@ -99,13 +100,16 @@ def test_a_good_student_has_nothing_to_mend(diagnosed):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("random", "no better than before|chance|random"), ("template", "template"), ("endless", "stop|end"), ("repeating", "repeat")],
+    [
+        ("random", "no more than chance"),
+        ("template", "chat template is not the one"),
+        ("endless", "do not stop by themselves"),
+        ("repeating", "repeats itself"),
+    ],
 )
 def test_a_broken_student_is_called_out_as_such(diagnosed, name, words):
-    import re
-
     found, said = diagnosed[name]
-    assert any(re.search(words, one["what"], re.I) for one in said), (found, said)
+    assert any(words in one["what"] for one in said), (found, said)
     assert all(one["evidence"] and one["advice"] for one in said)
 
 
@@ -150,7 +154,11 @@ def test_a_student_is_examined_beside_its_teacher_and_what_it_was(evaluation, pr
         (["out", "out"], {}, "2 students of system1"),
         (["teacher"], {"mode": "system1"}, "Give before = its base model"),
         (["teacher"], {"mode": "system1", "before": "teacher", "teacher": None}, "do not say who their teacher is"),
-        (["out"], {"limit": -1}, "limit = -1"),
+        (["out"], {"limit": -1, "seed": -1, "speed_runs": -2, "teacher_bits": 5}, "4 problems in the evaluation"),
+        (["out"], {"max_new_tokens": 60}, "max_new_tokens = 60"),
+        (["out"], {"benchmarks": ("a/b",)}, "is no name of a task"),
+        (["out", "out"], {"before": "teacher"}, "mode and before are of one student"),
+        (["teacher"], {"mode": "system1", "before": "gone"}, "before = names another place"),
         (["out"], {"questions": {"system2": "x"}}, "no file for system1"),
     ],
 )

@@ -1,7 +1,10 @@
 """What an answer says, and the scores of texts: as the libraries that define them give them, on texts that are meant to trip them."""
 
 import doctest
+import logging
+import random
 import re
+import string
 import time
 from collections import Counter
 
@@ -68,8 +71,9 @@ def scored(tmp_path_factory):
 
 
 def squad_f1(reference, text):
-    """SQuAD's own definition, written a second way: the words in common, one taken from each side at a time."""
-    sides = [re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[!-/:-@\[-`{-~]", "", each.lower())).split() for each in (reference, text)]
+    """SQuAD's own definition, written a second way, with spaces about Chinese characters: common words, one from each side at a time."""
+    cleaned = [re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[!-/:-@\[-`{-~]", "", each.lower())) for each in (reference, text)]
+    sides = ["".join(f" {sign} " if "一" <= sign <= "龥" else sign for sign in each).split() for each in cleaned]
     rest, common = list(sides[1]), 0
     for word in sides[0]:
         if word in rest:
@@ -134,7 +138,8 @@ def test_scores_agree_with_the_reference_libraries(scored):
         assert row["exact_match"] == int(final == reference.strip())
         assert row["token_f1"] == metrics.token_f1(reference, text)
         assert row["repeated"] == metrics.repeated_share(text)
-        assert row["rouge_l"] == rouge.score(reference, final)["rougeL"].fmeasure
+        if (reference + final).isascii():
+            assert row["rouge_l"] == rouge.score(reference, final)["rougeL"].fmeasure
         plain = parse(reference, fallback_mode="no_fallback")
         if "\\" not in reference and "^" not in reference:
             right = verify(plain, parse(final, fallback_mode="no_fallback"))
@@ -174,6 +179,46 @@ def test_bleu_interval_is_that_of_sacrebleus_own_resampling():
     assert ours["ci"] == textscores.corpus_bleu(references, texts)["ci"]  # a seed
 
 
+WHOLE = [
+    "北京是中国的首都，也是政治文化的中心。",
+    "東京は日本の首都です。",
+    "Москва — столица России",
+    "दिल्ली भारत की राजधानी है",
+    "ירושלים 7",
+]
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_a_text_of_any_script_has_full_scores_beside_itself(text):
+    (row,) = textscores.score_group([{"reference": text, "text": text}], textscores._MathJudge())["rows"]
+    assert (row["exact_match"], row["token_f1"], row["rouge_l"]) == (1, 1.0, 1.0)
+
+
+def test_chinese_is_compared_character_by_character():
+    reference, near, other = "北京是中国的首都和文化中心", "北京是中国的首都与文化中心。", "今天天气很好我们去公园散步吧"
+    scored = textscores.score_group([{"reference": reference, "text": text} for text in (near, other)], textscores._MathJudge())["rows"]
+    assert scored[0]["rouge_l"] == pytest.approx(12 / 13) and scored[0]["token_f1"] == pytest.approx(2 * 12 / (13 + 14))
+    assert scored[1]["rouge_l"] == scored[1]["token_f1"] == 0.0
+    assert len(metrics.words(reference)) == 13 and metrics.words("the cat sat.") == ["the", "cat", "sat."]
+
+
+def test_rouge_splits_ascii_text_as_rouge_score_does():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    signs = random.Random(0)
+    for text in ["".join(signs.choices(string.printable, k=200)) for _ in range(50)]:
+        assert textscores._RougeWords.tokenize(text) == DefaultTokenizer().tokenize(text)
+    assert textscores._RougeWords.tokenize("Cafe\u0301 au lait") == ["café", "au", "lait"]
+
+
+def test_bleu_of_chinese_counts_characters_and_says_so():
+    reference, near = "北京是中国的首都和文化中心", "北京是中国的首都与文化中心"
+    chinese = textscores.corpus_bleu([reference, "好的 OK"], [near, "好的 OK"])
+    assert chinese["value"] > 60 and "tok:zh" in chinese["signature"]
+    assert textscores.corpus_bleu([reference], [reference])["value"] == pytest.approx(100)
+    assert "tok:13a" in textscores.corpus_bleu(["the word for the capital is 北京"], ["北京"])["signature"]
+
+
 def test_right_answers_of_one_word_have_full_bleu():
     assert textscores.corpus_bleu(["42", "7"], ["42", "7"])["value"] == pytest.approx(100)
 
@@ -186,6 +231,31 @@ def test_math_without_end_is_given_up_and_counted(scored):
     assert scored["seconds"] < 60
 
 
+def test_a_reference_that_is_not_read_in_time_is_judged_alike_for_all_models(monkeypatch):
+    reads = []
+
+    def slow_at_first(text):  # as on a machine that others make slow for a while
+        reads.append(text)
+        if text == "42" and reads.count(text) == 1:
+            logging.getLogger("math_verify.parser").warning("Timeout during parsing: 42")
+            return []
+        return [42]
+
+    monkeypatch.setattr(textscores, "_parsed", slow_at_first)
+    judge = textscores._MathJudge()
+    groups = [textscores.score_group([{"reference": "42", "text": text}], judge) for text in ("forty-two", "42")]
+    assert [group["rows"][0]["math_verified"] for group in groups] == [None, None]
+    assert [group["timeouts"] for group in groups] == [1, 1]
+    assert reads == ["42"]
+
+
+def test_a_reference_without_end_costs_its_time_once(monkeypatch):
+    monkeypatch.setattr(textscores, "MATH_SECONDS", 1)
+    judge, reference, started = textscores._MathJudge(), "$" + "(" * 200 + "1" + ")" * 200 + "$", time.monotonic()
+    assert [judge.verify(reference, answer) for answer in ("1", "2", "3", "4")] == [None] * 4
+    assert judge.timeouts == 4 and time.monotonic() - started < 4
+
+
 def test_half_a_character_is_scored_all_the_same(scored):
     assert Counter(row["exact_match"] for row in scored["broken"]["rows"]) == {1: 1}
 
@@ -194,3 +264,9 @@ def test_rouge_of_two_long_texts_takes_their_beginnings():
     long = "word " * 30_000
     assert [len(each.split()) for each in textscores._comparable(long, long)] == [2000, 2000]
     assert textscores._comparable("42", long) == ["42", long]
+
+
+def test_rouge_counts_words_between_commas_and_characters_too():
+    commas, characters = ",".join(map(str, range(20_000))), "北京是中国的首都" * 1000
+    for long, words in ((commas, 2000), (characters, 2000)):
+        assert [len(textscores._RougeWords.tokenize(each)) for each in textscores._comparable(long, long)] == [words] * 2

@@ -556,3 +556,11 @@ def test_held_out_files_are_prepared_where_they_have_to_be(project, micro):
     assert [Path(place).name for place in places.values()] == ["heldout_system1.json", "heldout_system2.json"]
     assert [len(list(store.read_rows(place))) for place in places.values()] == [5, 5]
     assert notebook.prepare_heldout(replace(chosen, heldout=None)) is None
+
+
+def test_where_nothing_lies_behind_the_training_slice_the_validation_rows_are_asked(project, micro, capsys):
+    behind = {"slice_str": "train[900000:900100]", "source": str(micro / "distilqwen.parquet"), "rows": 5, "validation": 0}
+    heldout = {"system1": behind, "system2": str(micro / "heldout.jsonl")}
+    places = notebook.prepare_heldout(replace(choose(False, False, Wanted()), heldout=heldout))
+    assert places == {"system1": None, "system2": str(micro / "heldout.jsonl")}
+    assert "system1 is asked the validation rows of its data" in capsys.readouterr().out

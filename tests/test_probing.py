@@ -1,6 +1,7 @@
 """Forward passes: against a plain loop in float64, whatever the batch; kept, so that nothing is read twice."""
 
 import math
+import shutil
 
 import pytest
 
@@ -127,13 +128,6 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(tokenizer):
         next(probing.read_rows(AutoModelForCausalLM.from_config(capped), tokenizer, ROWS))
 
 
-def test_a_model_agrees_with_itself_and_not_with_an_untrained_one():
-    entry = {"tokens": 4, "top1": [1, 2, 3, 4]}
-    assert probing.agreement([entry, entry], [entry, {**entry, "top1": [1, 2, 0, 0]}]) == [1.0, 0.5]
-    with pytest.raises(ValueError, match="two tokenizers'"):
-        probing.agreement([entry], [{"tokens": 3, "top1": [1, 2, 3]}])
-
-
 # In a subprocess
 
 
@@ -156,12 +150,34 @@ def test_what_was_read_is_not_read_again_and_no_model_is_loaded(project, micro, 
     assert all(same(found, plain(*loaded, row)) for found, row in zip(first["teacher"], ROWS, strict=False))
     assert first["teacher"][4:6] == [None, None] and first["teacher"][6] == first["teacher"][0]
     assert "1 of 7 answers cannot be read: no text" in (said := capsys.readouterr().out) and "no valid Unicode" in said
-    assert probing.agreement(first["teacher"][:4], first["teacher"][:4]) == [1.0] * 4
-    assert probing.agreement(first["teacher"][:2], first["student"]) != [1.0] * 2
+    assert [entry["top1"] for entry in first["student"]] != [entry["top1"] for entry in first["teacher"][:2]]
     assert probing.probe_all([request(micro, rows), student], project / "run") == first
     assert started == ["distill.probing"], "once"
     journals = list((project / "runs" / "probes").iterdir())
     assert len(journals) == 2 and sum(len(store.read_journal(journal)) for journal in journals) == 4 + 1 + 2
+
+
+def test_a_student_whose_weights_are_not_finite_is_read_by_no_row_and_ends_nothing(project, micro, monkeypatch, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(micro / "student_system1", project / "broken")
+    weights = load_file(project / "broken" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(torch.nan)
+    save_file(weights, project / "broken" / "model.safetensors", metadata={"format": "pt"})
+    broken = {**request(micro, ROWS), "name": "student", "role": "student", "path": str(project / "broken")}
+    monkeypatch.setattr(
+        probing, "_read", lambda requests, *rest: [probing._read_one(each, 0) for each in requests]
+    )  # no process of its own
+    found = probing.probe_all([broken, request(micro, ROWS[:1])], project / "run")
+    assert found["student"] == [None] * 4 and found["teacher"][0]["tokens"] == 2
+    assert "student: 4 of 4 answers cannot be read: its weights give numbers that are not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("logarithms", "best"), [([-1.0, math.nan], [-1.0, -1.0]), ([-math.inf], [-0.5])])
+def test_a_single_number_that_is_not_finite_makes_no_entry(logarithms, best):
+    entry = probing._entry(logarithms, best, [1] * len(best), [True] * len(best), 0)
+    assert entry == {"skipped": "its weights give numbers that are not finite"}
 
 
 def test_a_journal_that_broke_off_is_gone_on_with(project, micro, monkeypatch):

@@ -162,6 +162,23 @@ def test_a_card_that_stands_there_is_sent_as_it_is(checkpoint, hub):
     assert hub.files[card.CARD] == b"---\nlicense: mit\n---\nmine\n" and hub.repos == {REPO: False}
 
 
+def test_the_labs_own_card_names_the_model_on_the_hub_and_an_edited_one_is_pointed_out(checkpoint, hub):
+    place = Path(card.write_model_card(checkpoint, license="mit"))
+    assert 'name = "student"' in place.read_text()
+    plan = publish.push_to_hub(checkpoint, REPO, dry_run=False)
+    assert hub.files[card.CARD].decode() == card.compose(checkpoint, card.read_record(checkpoint), license="mit", name=REPO)
+    assert plan["problems"] == []
+    place.write_text(place.read_text() + "mine\n")
+    plan = publish.push_to_hub(checkpoint, REPO, dry_run=False)
+    assert hub.files[card.CARD] == place.read_bytes() and plan["problems"] == [publish.EDITED]
+
+
+def test_scores_of_another_model_are_not_pushed(checkpoint):
+    model = {"role": "after", "path": str(checkpoint), "fingerprint": "0" * 64, "quality": {"system1": {}}}
+    with pytest.raises(ConfigError, match="The evaluation is of other models than student"):
+        publish.push_to_hub(checkpoint, REPO, evaluation={"models": {"system1": model}, "systems": {}})
+
+
 def test_a_public_repository_is_left_alone_where_private_was_asked_for(checkpoint, hub):
     hub.repos[REPO] = False
     with pytest.raises(ConfigError, match="acme/student is public on the hub, and private was asked for"):
@@ -203,6 +220,8 @@ def test_a_name_that_the_hub_cannot_have_is_refused(checkpoint, name):
 def test_a_damaged_checkpoint_and_a_file_with_a_key_are_not_sent(checkpoint, micro):
     with pytest.raises(ConfigError, match="is no checkpoint of the lab"):
         publish.push_to_hub(micro / "teacher", REPO)
+    (checkpoint / card.CARD).write_text("---\nlicense: mit\n---\nread https://medium.com/@me/post\n")
+    assert publish.push_to_hub(checkpoint, REPO)["files"]
     (checkpoint / card.CARD).write_text(f"my key is {TOKEN}")
     with pytest.raises(ConfigError, match=r"README.md of student holds what looks like a key") as caught:
         publish.push_to_hub(checkpoint, REPO)
@@ -269,6 +288,7 @@ def test_scores_are_shown_kept_and_leave_the_export_whole(checkpoint, project, m
 
     monkeypatch.setattr(publish, "_quantise", quantise)
     monkeypatch.setattr("distill.evaluate.compare_checkpoints", compare)
+    store.write_jsonl("q.jsonl", [{"instruction": "What is 1 + 1?", "answer": "2"}])
     made = publish.export_with_scores(checkpoint, 8, "q.jsonl", limit=30)
     place = Path(made["path"])
     assert store.read_manifest(place, name=RUN_RECORD)["export"]["scores"] == made["scores"]
@@ -276,6 +296,17 @@ def test_scores_are_shown_kept_and_leave_the_export_whole(checkpoint, project, m
     assert store.read_json(project / "reports/export/student-int8/export.json")["scores"] == made["scores"]
     said = capsys.readouterr().out
     assert "Scores at 8 bits" in said and "0.8 [0.7, 1]" in said and f"{made['bytes_after']:,}" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"instruction": "What?"}, "row 0 of q.jsonl is no question"), ({"system": 2}, "q.jsonl holds no question for system1")],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_quantising(checkpoint, project, row, message):
+    store.write_jsonl(project / "q.jsonl", [row])
+    with pytest.raises(DataError, match=message):
+        publish.export_with_scores(checkpoint, 8, project / "q.jsonl")
+    assert not checkpoint.with_name("student-int8").exists()
 
 
 def test_an_export_that_fails_leaves_nothing_and_what_stood_there(checkpoint, project, monkeypatch):
@@ -299,6 +330,14 @@ def converter(folder: Path, writes: str) -> Path:
     return script
 
 
+def test_a_converter_that_lies_in_the_working_folder_is_not_run(checkpoint, project, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.chdir(project)
+    converter(project, "open('pwned', 'w')")
+    with pytest.raises(ConfigError, match=r"which is not at PATH"):
+        publish.export(checkpoint, "gguf")
+
+
 def test_gguf_comes_of_llama_cpps_converter_and_is_checked(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(ConfigError, match=r"GGUF needs llama.cpp's convert_hf_to_gguf.py, which is not at LLAMA_CPP = .*git clone"):
@@ -318,6 +357,9 @@ def test_gguf_comes_of_llama_cpps_converter_and_is_checked(checkpoint, tmp_path,
         store.read_manifest(place, name=RUN_RECORD)["files"].keys() == {"student.gguf"} and "llama-cli" in (place / card.CARD).read_text()
     )
     assert "student.gguf" in {each["name"] for each in publish.push_to_hub(place, REPO)["files"]}
+    line = f"llama-server -m {place / 'student.gguf'} --host 127.0.0.1 --port 8000"
+    with pytest.raises(ConfigError, match=f"student-gguf holds GGUF, which llama.cpp serves, .* Run `{line}`"):
+        publish.serve(place)
 
 
 # Serve

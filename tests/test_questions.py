@@ -22,7 +22,11 @@ def student(project):
     store.write_rows(store.validation_path(labeled), [{"instruction": "Name the tree.", "output": "oak"}])
     record = {
         "job": {"dataset": {"labeled_path": str(project / "run" / "train_tokenized.json")}, "models": {"student": "base"}},
-        "data": {"labeled_path": str(labeled), "labeled_sha256": store.hash_file(labeled)},
+        "data": {
+            "labeled_path": str(labeled),
+            "labeled_sha256": store.hash_file(labeled),
+            "validation_sha256": store.hash_file(store.validation_path(labeled)),
+        },
     }
     return Student("system1", str(project / "out"), "base", record)
 
@@ -39,7 +43,7 @@ def test_rows_of_the_lab_are_questions_too_and_each_is_for_its_own_system(tmp_pa
 )
 def test_a_row_that_is_no_question_is_named(tmp_path, row):
     store.write_jsonl(tmp_path / "rows.jsonl", [*ROWS, row])
-    with pytest.raises(DataError, match="row 3 of .*rows.jsonl is no question"):
+    with pytest.raises(DataError, match="row 3 of .*rows.jsonl(: system| is no question)"):
         list(read_questions(tmp_path / "rows.jsonl", "system1"))
 
 
@@ -50,7 +54,7 @@ def test_a_question_that_training_saw_in_other_letters_is_removed_and_counted(st
     assert [row["instruction"] for row in found.rows] == ["What is 2 + 2?"]
     leaked = found.facts["leakage"]
     assert (leaked["removed"], leaked["same"], leaked["n_grams"], leaked["checked_against"]) == (1, 1, 0, 3)
-    assert leaked["examples"][0]["instruction"] == "name  THE sea!" and "Name the sea." in leaked["examples"][0]["training"]
+    assert leaked["examples"][0]["instruction"].split() == ["name", "THE", "sea!"] and "Name the sea." in leaked["examples"][0]["training"]
 
 
 def test_where_all_was_seen_there_is_nothing_to_ask(student, project):
@@ -70,8 +74,33 @@ def test_rows_that_changed_since_the_training_are_not_checked_against(student, p
     store.write_jsonl(project / "heldout.jsonl", ROWS)
     leaked = questions_for(student, project / "heldout.jsonl", None, 0).facts["leakage"]
     assert leaked["checked_against"] is None and "gone, or others stand there now" in leaked["why_unchecked"]
+    store.write_rows(project / "labeled_validation.json", [{"instruction": "other", "output": "x"}])
     with pytest.raises(ConfigError, match="no validation rows here"):
         questions_for(student, None, None, 0)
+
+
+def test_the_training_rows_themselves_are_no_held_out_questions(student, project):
+    with pytest.raises(DataError, match="all 2 questions of system1 stand in the training rows too"):
+        questions_for(student, project / "labeled.json", None, 0)
+
+
+def test_a_copy_of_the_validation_rows_is_known_for_what_it_is(student, project):
+    rows = list(store.read_rows(project / "labeled_validation.json"))
+    store.write_rows(project / "copy.json", rows)
+    found = questions_for(student, project / "copy.json", None, 0)
+    assert [row["answer"] for row in found.rows] == ["oak"] and "the checkpoint was chosen by" in found.facts["note"]
+
+
+def test_a_question_that_comes_twice_is_asked_once(student, project):
+    store.write_jsonl(project / "heldout.jsonl", [{"instruction": "What is 2 + 2?", "answer": "4", "id": number} for number in range(3)])
+    found = questions_for(student, project / "heldout.jsonl", None, 0)
+    assert [row["id"] for row in found.rows] == ["0"] and (found.facts["read"], found.facts["merged"]) == (3, 2)
+
+
+def test_a_file_for_the_other_system_alone_is_refused(student, project):
+    store.write_jsonl(project / "heldout.jsonl", [ROWS[2]])
+    with pytest.raises(DataError, match="has no question for system1"):
+        questions_for(student, project / "heldout.jsonl", None, 0)
 
 
 def test_one_file_for_each_system_must_name_both(student, project):

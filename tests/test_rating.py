@@ -124,6 +124,17 @@ def test_ratings_are_kept_with_whose_answers_they_were_of(capsys):
     assert [page["number"] for page in rated.shown] == [4] and "87.5%" in rated._repr_html_() and "87.5%" in capsys.readouterr().out
 
 
+def test_no_result_is_told_before_each_pair_has_a_sign_and_every_sign_is_kept(capsys):
+    student = sides(4)
+    capsys.readouterr()
+    rated = rate_answers(evaluation(), f"{student[0]} - {student[2]}", pairs=4)
+    page = rated._repr_html_() + capsys.readouterr().out
+    assert rated.result is None and "2 rated, 1 left" in rated.note and rated.note in page and "%" not in page.replace("100%", "")
+    assert [page["number"] for page in rated.shown] == [2, 4] and kept()["n"] == 2
+    done = rate_answers(evaluation(), f"{student[0]} - {student[2]} =", pairs=4)
+    assert done.result["n"] == 3 and done.result["preferred"] == wilson(2, 2) and [page["number"] for page in done.shown] == [2]
+
+
 def test_a_second_call_adds_replaces_and_takes_back():
     student = sides()
     rate_answers(evaluation(), f"{student[0]} {student[1]} {student[2]}")

@@ -148,17 +148,72 @@ def test_a_comparison_shows_how_rows_were_prepared(runs, project, micro):
     assert found["data"]["rows kept"] == [57, 76] and "source" not in found["data"]
 
 
+SCORE, KEPT = {"value": 0.934, "n": 200, "ci": [0.891, 0.961]}, {"value": 0.98, "n": 200, "ci": None}
+
+
+def evaluated(folder, **changes) -> dict:
+    """What `evaluate` leaves in a run's folder."""
+    facts = {
+        "made": "2026-01-01",
+        "path": one(folder).checkpoint,
+        "mode": "system1",
+        "quality": {"n": 200, "exact_match": SCORE, "math_verified": None, "families": {"add": SCORE}},
+        "retained": {"exact_match": KEPT},
+        "headline": "exact_match",
+        "questions": {"source": "heldout.jsonl", "sha256": "a" * 64, "rows": 200},
+        **changes,
+    }
+    store.write_json(folder / "evaluation.json", facts)
+    return facts
+
+
 def test_scores_stand_side_by_side_with_their_intervals(runs, capsys):
-    score, kept = {"value": 0.934, "n": 200, "ci": [0.891, 0.961]}, {"value": 0.98, "n": 200, "ci": None}
-    quality = {"n": 200, "exact_match": score, "math_verified": None, "families": {"add": score}}
-    facts = {"made": "2026-01-01", "mode": "system1", "quality": quality, "retained": {"exact_match": kept}, "headline": "exact_match"}
-    store.write_json(runs[0] / "evaluation.json", facts)
+    facts = evaluated(runs[0])
     assert one(runs[0]).scores == facts
     found = compare_runs(runs[0].name, runs[1].name)
-    assert found["scores"] == {"exact_match": [score, None], "retained exact_match": [kept, None]}
+    assert found["scores"] == {"exact_match": [SCORE, None], "retained exact_match": [KEPT, None]}
     show_runs()
     said = capsys.readouterr().out
-    assert "0.934 [0.89, 0.96]" in said and "0.980" in said
+    assert "0.934 [0.89, 0.96]" in said and "0.980" in said and "passed over" not in said
+
+
+@pytest.mark.parametrize(
+    ("other", "warned"), [({}, False), ({"sha256": "b" * 64}, True), ({"rows": 100}, True), ({"source": "copy.jsonl"}, False)]
+)
+def test_a_comparison_says_which_questions_were_asked_and_warns_where_they_differ(runs, capsys, other, warned):
+    asked = evaluated(runs[0])["questions"]
+    evaluated(runs[1], questions={**asked, **other})
+    found = compare_runs(*(folder.name for folder in runs))
+    assert found["questions"] == {name: [asked[name], {**asked, **other}[name]] for name in ("source", "sha256", "rows")}
+    said = capsys.readouterr().out
+    assert "heldout.jsonl" in said and ("do not compare" in said) is warned
+
+
+def test_scores_of_another_checkpoint_are_not_a_runs_own(runs, capsys):
+    evaluated(runs[0], path="elsewhere/copy")
+    assert one(runs[0]).scores is None
+    assert "evaluation.json is passed over: It is of elsewhere/copy, not of this run's checkpoint, out." in capsys.readouterr().out
+    assert compare_runs(*(folder.name for folder in runs))["scores"] == {}
+    assert f"{runs[0].name}/evaluation.json is passed over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "null",
+        '{"headline": "exact_match"}',
+        '{"path": "out", "headline": "a", "quality": {"a": {"value": "x", "ci": 1}}, "retained": {}, "questions": {}}',
+        '{"path": "out", "headline": ["a"], "quality": {}, "retained": {}, "questions": {"source": 1, "sha256": 1, "rows": 1}}',
+        '{"path": "\\u0000", "headline": "a", "quality": {}, "retained": {}, "questions": {"source": 1, "sha256": 1, "rows": 1}}',
+        '{"headl',
+    ],
+)
+def test_a_malformed_evaluation_is_named_and_its_run_stays(runs, text):
+    (runs[0] / "evaluation.json").write_text(text)
+    found = show_runs()
+    assert len(found["runs"]) == 2 and one(runs[0]).scores is None
+    assert list(found["passed_over"]) == [f"runs/{runs[0].name}/evaluation.json"]
 
 
 def test_a_run_is_found_by_the_beginning_of_its_name(runs):

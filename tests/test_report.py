@@ -323,3 +323,30 @@ def test_print_is_light_and_unfolded(opened):
     assert shown.evaluate(f"{settings}.querySelector('table').checkVisibility({{contentVisibilityAuto: true}})")
     assert not trouble
     shown.close()
+
+
+# Plain text in Markdown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- item", "+ item", "* item", "1. item", "12) item", "-", "- - -", "===", "# head", "> quote", "~~~", "```", "    code", "1."]
+    + ["<b>x</b>", "&lt;", "a | b", "[x](y)", "![x](y)", "_x_ a_b_c", "x\\", "12:30 -5 1.5", "| - |", "a\n===", "[x]: http://y"],
+)
+def test_plain_text_is_rendered_as_its_own_letters(text):
+    import html
+
+    from markdown_it import MarkdownIt
+
+    from distill.markdown import plain
+
+    for before in ("", "a paragraph\n"):
+        rendered = MarkdownIt("commonmark").enable("table").render(before + plain(text))
+        assert html.unescape(rendered) == f"<p>{before}{' '.join(text.split())}</p>\n"
+
+
+def test_an_address_or_a_mention_is_no_link_in_plain_text():
+    from distill.markdown import plain
+
+    said = plain("https://x.example WWW.x.example @user :tada: #1 12:30 a: b")
+    assert said == r"https\://x.example WWW\.x.example \@user \:tada: \#1 12:30 a: b"

@@ -18,7 +18,7 @@ LAYERS = """
     resume trainer shapes memory preflight teacher engine machine hub_rows sources endpoint server asking answers scores label
     selection preparation omnithought data traces own_traces samples backoff train workplace launch textscores probing timing examine
     diagnosis plots report_words report_blocks report_top report_plots report_content report_page report_markdown report_terminal
-    report harness replies preference evaluate trace_tools compare_page compare judge rating card publish pace planning microtasks
+    report harness replies preference panel evaluate trace_tools compare_page compare judge rating card publish pace planning microtasks
     microlab chat pipeline registry sweep_plan sweep_page sweep choice notebook doctor demo cli_data cli_plan cli_evaluate cli_runs
     cli_publish cli
 """.split()  # noqa: SIM905

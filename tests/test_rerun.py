@@ -9,7 +9,7 @@ import pytest
 import standin_easydistill
 from conftest import REPOSITORY, run_id
 
-from distill import answers, cli, compare, evaluate, hub_rows, machine, pipeline, sources, store, traces
+from distill import answers, cli, compare, hub_rows, machine, pipeline, scores, sources, store, traces
 from distill.data import prepare_system1_dataset
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
 from distill.models import RUN_RECORD
@@ -583,18 +583,18 @@ def test_scores_are_those_of_the_model_that_lies_there(project, micro, tmp_path,
     store.write_jsonl("questions.jsonl", heldout[:1400:200])
     model = shutil.copytree(micro / "teacher", tmp_path / "model")
     request = [{"name": "model", "path": str(model), "mode": None}]
-    first = evaluate.score(request, "questions.jsonl", tmp_path, {"system1": 12})
+    first = scores.score(request, "questions.jsonl", tmp_path, {"system1": 12})
     assert len(asked) == 7
     model = shutil.copytree(model, tmp_path / "copy")
     request = [{"name": "copy", "path": str(model), "mode": None}]
-    assert evaluate.score(request, "questions.jsonl", tmp_path, {"system1": 12}) == {"copy": first["model"]} and len(asked) == 7
+    assert scores.score(request, "questions.jsonl", tmp_path, {"system1": 12}) == {"copy": first["model"]} and len(asked) == 7
     (journal,) = (project / "runs" / "answers").iterdir()
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    assert evaluate.score(request, "questions.jsonl", tmp_path, {"system1": 12}) == {"copy": first["model"]} and len(asked) == 7 + 4
+    assert scores.score(request, "questions.jsonl", tmp_path, {"system1": 12}) == {"copy": first["model"]} and len(asked) == 7 + 4
     config = model / "generation_config.json"
     config.write_text(config.read_text() + " ")
-    evaluate.score(request, "questions.jsonl", tmp_path, {"system1": 12})
+    scores.score(request, "questions.jsonl", tmp_path, {"system1": 12})
     assert len(asked) == 7 + 4 + 7
 
 

@@ -50,6 +50,25 @@ def test_a_server_is_up_within_the_block_and_gone_after_it(small, teacher, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["server.log"]
 
 
+BINDS = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Well(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+HTTPServer((sys.argv[1], int(sys.argv[2])), Well).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("host", "asked"), [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1")])
+def test_a_server_is_asked_at_the_address_that_it_listens_at(small, teacher, tmp_path, monkeypatch, host, asked):
+    monkeypatch.setattr(server, "START_SECONDS", 10)
+    monkeypatch.setattr(server, "command", lambda kind, device, port, host: [sys.executable, "-c", BINDS, host, str(port)])
+    with server.serving(teacher, tmp_path / "server.log", host=host) as one:
+        assert one.alive() and one.base_url.startswith(f"http://{asked}:")
+
+
 def test_a_model_is_served_under_a_plain_name_whatever_its_folder_is_called(small, teacher, tmp_path):
     model = tmp_path / "it's a@model; touch pwned $(touch pwned)\n:x.gguf"
     model.symlink_to(teacher)

@@ -34,7 +34,7 @@ def test_rows_that_were_changed_since_are_not_taken_for_those_that_were_learnt(s
     kept = shutil.copy(labeled, tmp_path / "kept.json")
     store.write_rows(labeled, [{"instruction": "other", "output": "x", "RV": 1, "CD": 2}])
     try:
-        assert [place.name for place in learnt_rows(student)] == ["train_tokenized.json", "train_tokenized_validation.json"]
+        assert [place.name for place in learnt_rows(student)] == ["train_tokenized.json", "labeled_validation.json"]
         facts = training_facts(student)
         assert facts["source"] == {} and facts["levels"] is None and facts["rows"] == 500
     finally:
@@ -64,7 +64,9 @@ def test_a_model_that_the_lab_did_not_make_is_told_how_it_is_asked(micro):
         student_at(path)
     student = student_at(path, "system2", micro / "student_system2")
     assert (student.mode, student.before, student.run_folder) == ("system2", str(micro / "student_system2"), None)
-    assert learnt_rows(student) is None and training_facts(student) is None and template_differs(student, load_tokenizer(path)) is None
+    assert (
+        learnt_rows(student) == (None, None) and training_facts(student) is None and template_differs(student, load_tokenizer(path)) is None
+    )
 
 
 def test_a_damaged_checkpoint_and_a_missing_one_are_refused(small_run, tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from distill import engine, store, sweep, sweep_page
 from distill.cli_runs import RUN_COMMANDS
 from distill.errors import BackendError, ConfigError, DataError
+from distill.generation import token_limit
 from distill.perturb import PROMPTS, misspelt, perturbed, rephrased
 from distill.sweep import run_sweep
 from distill.sweep_plan import SWEEPS, cells_of, data_arguments, read_sweep, trainings_of
@@ -156,6 +157,7 @@ PROBLEMS = {
     "vary.rv: is an axis of system2 alone.": {"vary": {"rv": [[0, 1]]}},
     "vary.rows = []: give a list of values, each once.": {"vary": {"rows": []}},
     "vary.rows = True: give a whole number of rows above 0.": {"vary": {"rows": [True, 5]}},
+    "vary.prompt = ['as written']: give": {"vary": {"prompt": [["as written"]]}},
     'vary.prompt = \'mispelt\': give "as written" or "rephrased" or "misspelt".': {"vary": {"prompt": ["mispelt"]}},
     "data.rows: the sweep decides it; leave it out.": {"data": {"rows": 5}},
     "data.out_labeled: the sweep decides it; leave it out.": {"data": {"out_labeled": "x"}},
@@ -202,11 +204,16 @@ def test_questions_are_those_of_the_system_and_the_first_of_each_family(project)
     ("row", "message"),
     [
         ({"instruction": "a", "answer": " "}, "row 0 of heldout.jsonl has no answer: it cannot be scored."),
+        ({"instruction": "a", "answer": "\ud800"}, "row 0 of heldout.jsonl: its answer is no valid text."),
+        (
+            {"instruction": "a", "answer": "b", "input": 5, "family": "\ud800"},
+            "row 0 of heldout.jsonl: its input and family is no valid text.",
+        ),
         ({"system": 2}, "has no question for system1"),
     ],
 )
 def test_questions_that_cannot_be_scored_are_refused(project, row, message):
-    store.write_jsonl("heldout.jsonl", [row])
+    (project / "heldout.jsonl").write_text(json.dumps(row))
     store.write_json("mine.json", preset())
     with pytest.raises(DataError, match=message):
         run_sweep("mine.json")
@@ -275,6 +282,8 @@ def test_the_command_exits_with_an_error_where_cells_failed_and_the_report_stand
     with pytest.raises(BackendError, match="2 of 4 cells of the sweep failed"):
         options.run(options)
     written = json.loads((swept["root"] / "elsewhere/sweep.json").read_text())
+    assert (swept["root"] / "reports/sweep/mine-limit-12/sweep.json").is_file()
+    assert [place.name for place in (swept["root"] / "runs/sweeps").iterdir()] == [f"mine-{written['key']}"]
     assert written["cells"] == swept["result"]["cells"]
 
 
@@ -296,7 +305,7 @@ def test_hostile_names_and_errors_stay_text_in_every_report(swept, tmp_path):
     for kind in ("html", "svg", "md"):
         text = (tmp_path / f"sweep.{kind}").read_text()
         assert not re.search(r"(?<!\\)<script", text) and "\u202e" not in text and "\x1b" not in text
-    assert "](javascript" not in (tmp_path / "sweep.md").read_text()
+    assert not re.search(r"(?<!\\)\]\(javascript", (tmp_path / "sweep.md").read_text())
 
 
 def test_seeds_are_summed_up_by_their_mean_and_range(swept):
@@ -305,6 +314,53 @@ def test_seeds_are_summed_up_by_their_mean_and_range(swept):
     (found,) = sweep._over_seeds(cells)
     value = cells[0]["scores"]["exact_match"]["value"]
     assert (found["seeds"], found["mean"], found["lowest"], found["highest"]) == (2, (value + 1) / 2, value, 1.0)
+
+
+def asked_limits(monkeypatch, **changes) -> list[dict]:
+    """The limits of an answer in each cell of a sweep over the CoT sentence."""
+    plan, given = read(vary={"cot_sentence": [False, True]}, **changes), []
+    share = {"value": 1.0, "n": 1, "ci": [0.2, 1.0]}
+
+    def fake(models, place, folder, limits, *, fresh):
+        given.append(limits)
+        return {"student": {"exact_match": {"all": share}, "reasoned": share, "stopped": share}}
+
+    monkeypatch.setattr(sweep, "score", fake)
+    runner = sweep._Runner(plan, store.resolve("work"), [{"id": "a", "instruction": "b", "answer": "c"}], False)
+    for cell in cells_of(plan):
+        runner._score(cell, "checkpoint")
+    return given
+
+
+@pytest.mark.parametrize("system", ["system1", "system2"])
+def test_the_sentence_that_asks_for_reasoning_changes_no_limit(project, monkeypatch, system):
+    limit = token_limit(None, system)
+    assert asked_limits(monkeypatch, system=system, preset=f"micro_{system}") == [{"system1": limit}, {"system2": limit}]
+    assert asked_limits(monkeypatch, max_new_tokens=7) == [{"system1": 7}, {"system2": 7}]
+
+
+def test_data_that_trainings_share_are_prepared_anew_once(project, monkeypatch):
+    plan, prepared = read(vary={"num_epochs": [1, 2], "rows": [5, 6]}), []
+
+    def distil(settings):
+        raise BackendError("not here")
+
+    monkeypatch.setitem(sweep.PREPARE, "system1", lambda **arguments: prepared.append((arguments["rows"], arguments["fresh"])))
+    monkeypatch.setitem(sweep.DISTILL, "system1", distil)
+    runner = sweep._Runner(plan, store.resolve("work"), [], True)
+    assert {runner.run(cell)["status"] for cell in cells_of(plan)} == {"failed"}
+    assert sorted(prepared) == [(5, False), (5, True), (6, False), (6, True)]
+
+
+def test_sweeps_of_one_name_and_other_limits_have_folders_of_their_own(project, capsys):
+    plan, other = read(), read(data={"slice_str": "train[:9]"})
+    assert plan.name == other.name and plan.key != other.key and read(vary={"rows": [7]}).key == plan.key
+    folder = sweep._folder(plan, None)
+    assert folder == sweep._folder(other, None) == Path("reports/sweep/mine") != sweep._folder(plan, 5)
+    store.write_json(folder / "sweep.json", {"key": plan.key})
+    assert sweep._folder(plan, None) == folder and capsys.readouterr().out == ""
+    assert sweep._folder(other, None) == Path(f"reports/sweep/mine-{other.key}")
+    assert "reports/sweep/mine holds the report of another sweep of this name" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -317,11 +373,11 @@ def test_a_killed_sweep_goes_on_and_a_grid_of_trainings_is_scored(project, micro
         if line.startswith("cell 2 of 4"):
             process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (first,) = (project / "runs/sweeps/mine").glob("*/checkpoint/distill_run.json")
+    (first,) = (project / "runs/sweeps").glob("mine-*/*/checkpoint/distill_run.json")
     stood = first.stat().st_mtime_ns
     result = run_sweep(preset, limit=5)
     assert first.stat().st_mtime_ns == stood and result["failed"] == 0
     assert [cell["rows"] for cell in result["cells"]] == [190, 190, 380, 380]
     assert len({cell["run"] for cell in result["cells"]}) == 2
-    asked = [(project / "runs/sweeps/mine/questions" / f"{name}.jsonl").read_text() for name in ("as_written", "misspelt")]
+    asked = [(first.parents[2] / "questions" / f"{name}.jsonl").read_text() for name in ("as_written", "misspelt")]
     assert asked[0] != asked[1]

@@ -125,8 +125,20 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_loaded(micro,
 
 
 def test_numbers_that_cannot_be_are_named_together(micro, tmp_path):
-    with pytest.raises(ConfigError, match=r"(?s)^2 problems in .* timed.*runs = 1: give at least 2.*lengths = 1: give at least 2"):
-        timing.measure([], tmp_path, runs=1, lengths=(1, 9))
+    with pytest.raises(ConfigError, match=r"(?s)^2 problems in .* timed.*runs = 0: give at least 1.*lengths = 1: give at least 2"):
+        timing.measure([], tmp_path, runs=0, lengths=(1, 9))
+
+
+def test_a_number_of_runs_is_refused_before_anything_else_is_known():
+    timing.check_runs(1)
+    with pytest.raises(ConfigError, match=r"runs = 0: give at least 1"):
+        timing.check_runs(0)
+
+
+def test_a_single_run_takes_one_round(micro, tmp_path):
+    alone = request(micro, "system1", "student_system1", "student", 32)
+    speed = timing.measure([alone], tmp_path, runs=1, rounds=2, lengths=(2,), warm_up=0, batch_size=1)
+    assert (speed["runs"], speed["rounds"]) == (1, 1) and speed["models"]["system1"]["tokens_per_second"]["n"] == 1
 
 
 def test_the_model_that_fails_is_named(micro, tmp_path):
