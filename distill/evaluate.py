@@ -151,7 +151,7 @@ def _model_facts(one: Examined, answered: dict, scored: dict, bleu: dict, judged
         "path": one.path if is_hub_name(one.path) else store.shown(one.path),
         "parameters": answered["parameters"],
         "weight_bytes": answered["weight_bytes"],
-        "disk_bytes": sum(file.stat().st_size for file in models.local_folder(one.path).glob("*.safetensors")),
+        "disk_bytes": models.disk_bytes(one.path),
         "bits": answered["bits"],
         "fingerprint": models.fingerprint(one.path),
         "same_tokens": alike,

@@ -67,6 +67,5 @@ def _check_before(student: Student) -> None:
     try:
         check_student(student.before)
     except ConfigError as error:
-        raise ConfigError(
-            f"{error} It is what {store.shown(student.path)} was before its training; before = names another place."
-        ) from error
+        was = f"What {store.shown(student.path)} was before its training cannot be asked"
+        raise ConfigError(f"{was}: {error} Give before = where that model lies now.") from error

@@ -138,7 +138,7 @@ def markdown(result: dict) -> str:
 
 
 def _markdown_table(heads: list[str], cells: list[list[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *([plain(cell) for cell in row] for row in cells)]
+    lines = [[plain(head) for head in heads], ["---"] * len(heads), *([plain(cell) for cell in row] for row in cells)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

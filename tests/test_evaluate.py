@@ -158,7 +158,7 @@ def test_a_student_is_examined_beside_its_teacher_and_what_it_was(evaluation, pr
         (["out"], {"max_new_tokens": 60}, "max_new_tokens = 60"),
         (["out"], {"benchmarks": ("a/b",)}, "is no name of a task"),
         (["out", "out"], {"before": "teacher"}, "mode and before are of one student"),
-        (["teacher"], {"mode": "system1", "before": "gone"}, "before = names another place"),
+        (["teacher"], {"mode": "system1", "before": "gone"}, "was before its training cannot be asked"),
         (["out"], {"questions": {"system2": "x"}}, "no file for system1"),
     ],
 )

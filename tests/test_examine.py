@@ -102,6 +102,7 @@ def on_hub(quantised, tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it is asked again and again, for minutes
 
     def put(folder, name: str, *patterns: str) -> str:
         place, commit = tmp_path / "hub" / f"models--acme--{name}", "a" * 40
