@@ -67,5 +67,6 @@ def _check_before(student: Student) -> None:
     try:
         check_student(student.before)
     except ConfigError as error:
-        was = f"What {store.shown(student.path)} was before its training cannot be asked"
-        raise ConfigError(f"{was}: {error} Give before = where that model lies now.") from error
+        raise ConfigError(
+            f"What {store.shown(student.path)} was before its training cannot be asked: {error} Give before = where that model lies now."
+        ) from error
