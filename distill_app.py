@@ -5,7 +5,8 @@
 '…/distilled-micro-system1'
 """
 
-from distill.card import write_model_card
+from importlib import import_module
+
 from distill.chat import chat
 from distill.compare import Comparison, compare_models
 from distill.data import prepare_system1_dataset
@@ -14,9 +15,7 @@ from distill.easydistill import setup_easydistill
 from distill.endpoint import Endpoint
 from distill.environment import setup_engine
 from distill.errors import BackendError, ConfigError, DataError, DistillError, PreflightError
-from distill.evaluate import evaluate_student
 from distill.generation import infer_student
-from distill.harness import run_benchmarks
 from distill.judge import judge
 from distill.label import label_with_teacher
 from distill.models import load_student, load_teacher
@@ -34,26 +33,44 @@ from distill.own_traces import write_traces
 from distill.persist import persist_to, wait_for_copies
 from distill.pipeline import distill_system1, distill_system2, run_easy_distill, write_system1_config, write_system2_config
 from distill.planning import plan
-from distill.preference import prefer
 from distill.preparation import Prepared
 from distill.prompt import format_prompt
-from distill.publish import export_with_scores, push_to_hub, serve
-from distill.rating import rate_answers
-from distill.registry import compare_runs, list_runs
-from distill.report import Evaluation
-from distill.sweep import run_sweep
 from distill.trace_tools import score_traces, shorten_traces
 from distill.traces import prepare_system2_dataset
 from distill.train import TrainResult
 
+# What comes behind a training is imported when it is first asked for: importing the lab must not wait for it.
+_LATER = {
+    "Evaluation": "report",
+    "compare_runs": "registry",
+    "evaluate_student": "evaluate",
+    "export_with_scores": "publish",
+    "list_runs": "registry",
+    "prefer": "preference",
+    "push_to_hub": "publish",
+    "rate_answers": "rating",
+    "run_benchmarks": "harness",
+    "run_sweep": "sweep",
+    "serve": "publish",
+    "write_model_card": "card",
+}
+
+
+def __getattr__(name: str):
+    """One of `_LATER` (PEP 562)."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"distill.{_LATER[name]}"), name)
+
+
 __all__ = [
+    *_LATER,
     "BackendError",
     "Comparison",
     "ConfigError",
     "DataError",
     "DistillError",
     "Endpoint",
-    "Evaluation",
     "PreflightError",
     "Prepared",
     "TrainResult",
@@ -61,33 +78,23 @@ __all__ = [
     "chat",
     "choose_models",
     "compare_models",
-    "compare_runs",
     "distill_system1",
     "distill_system2",
     "doctor",
-    "evaluate_student",
-    "export_with_scores",
     "format_prompt",
     "infer_student",
     "judge",
     "label_with_teacher",
-    "list_runs",
     "load_student",
     "load_teacher",
     "persist_to",
     "plan",
     "plot_loss",
-    "prefer",
     "prepare_heldout",
     "prepare_system1_dataset",
     "prepare_system2_dataset",
-    "push_to_hub",
-    "rate_answers",
-    "run_benchmarks",
     "run_easy_distill",
-    "run_sweep",
     "score_traces",
-    "serve",
     "setup_easydistill",
     "setup_engine",
     "setup_lab",
@@ -96,7 +103,6 @@ __all__ = [
     "show_training_row",
     "trace_arguments",
     "wait_for_copies",
-    "write_model_card",
     "write_system1_config",
     "write_system2_config",
     "write_traces",
