@@ -31,7 +31,7 @@ MICRO_QUESTIONS = {
 MICRO_ASKED = {"system1": 200, "system2": 60}
 HELDOUT_ROWS = {False: 100, True: 200}  # questions that each system is examined with
 HELDOUT_TRACES = 5  # source rows read for each of System 2's: not every one has a trace that can be used
-MICRO_EVALUATION = {False: {"limit": 200, "speed_runs": 6}, True: {"limit": None, "speed_runs": 20}}
+MICRO_EVALUATION = {False: {"limit": 150, "speed_runs": 4}, True: {"limit": None, "speed_runs": 20}}
 MICRO_FIELDS = "slices, rows, RV, CD, LONG_SHARE, epochs and prompts"
 
 

@@ -135,12 +135,14 @@ def test_a_number_of_runs_is_refused_before_anything_else_is_known():
         timing.check_runs(0)
 
 
+@pytest.mark.slow
 def test_a_single_run_takes_one_round(micro, tmp_path):
     alone = request(micro, "system1", "student_system1", "student", 32)
     speed = timing.measure([alone], tmp_path, runs=1, rounds=2, lengths=(2,), warm_up=0, batch_size=1)
     assert (speed["runs"], speed["rounds"]) == (1, 1) and speed["models"]["system1"]["tokens_per_second"]["n"] == 1
 
 
+@pytest.mark.slow
 def test_the_model_that_fails_is_named(micro, tmp_path):
     both = [request(micro, "good", "student_system1", "student", 32), request(micro, "broken", "student_system1", "student", 7)]
     with pytest.raises(BackendError, match=r"(?s)^Timing \(broken\) failed: .*ConfigError: bits = 7"):
