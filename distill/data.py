@@ -293,8 +293,7 @@ def tokens_made_for(tokenizer, max_length: int) -> dict:
 
 
 def _text_of(row: dict) -> dict:
-    """Row's texts, which say later what was learnt."""
-    return {"instruction": row["instruction"], **({"input": row["input"]} if row.get("input") else {}), "output": row["output"]}
+    return {"instruction": row["instruction"], "output": row["output"]}
 
 
 def require_rows(tokenized: Tokenized, labeled: str | Path, max_length: int, mode: str) -> None:

@@ -56,17 +56,13 @@ def student_at(path: str | Path, mode: str | None = None, before: str | None = N
 
 def learnt_rows(student: Student) -> tuple[Path | None, Path | None]:
     """The files of the rows that a student learnt from and of those that it was chosen by (validation), each as it was then; else None."""
-    data, run = student.record.get("data", {}), student.run_folder
-    labeled, tokens = Path(data.get("labeled_path", "")), run / "train_tokenized.json" if run else Path()
-    known = {
-        "labeled": ((labeled, data.get("labeled_sha256")), (tokens, student.record.get("tokens_sha256"))),
-        "validation": ((validation_path(labeled) if labeled.name else labeled, data.get("validation_sha256")),),
-    }
-    found = {
-        kind: next((rows for rows, sha256 in places if sha256 and store.is_file(rows) and store.hash_file(rows) == sha256), None)
-        for kind, places in known.items()
-    }
-    return found["labeled"], found["validation"]
+    data = student.record.get("data", {})
+    labeled = Path(data.get("labeled_path", "none"))
+    return _as_it_was(labeled, data.get("labeled_sha256")), _as_it_was(validation_path(labeled), data.get("validation_sha256"))
+
+
+def _as_it_was(rows: Path, sha256: str | None) -> Path | None:
+    return rows if sha256 and store.is_file(rows) and store.hash_file(rows) == sha256 else None
 
 
 def template_differs(student: Student, tokenizer) -> bool | None:

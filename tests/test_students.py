@@ -34,7 +34,7 @@ def test_rows_that_were_changed_since_are_not_taken_for_those_that_were_learnt(s
     kept = shutil.copy(labeled, tmp_path / "kept.json")
     store.write_rows(labeled, [{"instruction": "other", "output": "x", "RV": 1, "CD": 2}])
     try:
-        assert [place.name for place in learnt_rows(student)] == ["train_tokenized.json", "labeled_validation.json"]
+        assert learnt_rows(student) == (None, labeled.with_name("labeled_validation.json"))
         facts = training_facts(student)
         assert facts["source"] == {} and facts["levels"] is None and facts["rows"] == 500
     finally:
