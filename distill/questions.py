@@ -53,7 +53,7 @@ def questions_for(student: Student, given: str | Path | dict | None, limit: int 
         raise DataError(f"{store.shown(place)}: all {len(each):,} questions of {student.mode} stand in the training rows too. Give others.")
     rows = drawn(clean.kept, limit, seed)
     unchecked = None if labeled else "the rows that it learnt from are gone, or others stand there now"
-    said = f"not checked: {unchecked}" if unchecked else f"{clean.checked_against:,} rows looked at"
+    said = f"not checked: {unchecked}" if unchecked else f"{clean.checked_against:,} rows of its data looked at"
     count = f"{len(rows):,} of {len(each):,} held-out questions"
     say(f"{student.mode}: {count}; {len(clean.removed):,} that training saw are left out ({said})")
     facts = {"source": store.shown(place), "sha256": store.hash_file(place), "read": len(read), "rows": len(rows)}

@@ -294,7 +294,7 @@ def _preference_blocks(facts: dict) -> Iterator:
         rows = [
             [PREFERENCE_NAMES.get(key, key.replace("_", " ")), f"{value['n']:,}", measured(value, "share")] for key, value in shares.items()
         ]
-        yield Table(f"{title}: {SYSTEM_TITLES[mode]}", ["verdict", "n", "share"], rows)
+        yield Table(f"{title}: {SYSTEM_TITLES[mode]}", ["verdict", "of", "share"], rows)
         named = [
             (key.replace("_", " "), str(value)) for key, value in found.items() if key in ("judge", "equal", "malformed", "unanswered")
         ]

@@ -365,6 +365,8 @@ def test_gguf_comes_of_llama_cpps_converter_and_is_checked(checkpoint, tmp_path,
 # Serve
 
 SERVE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with Ctrl-C ignored
 from distill import publish, server
 if sys.argv[3] != "real":
     server.choose = lambda: (server.LIGHT, "no GPU is visible", "cpu")
