@@ -19,13 +19,13 @@ from distill import engine, store, timing  # noqa: E402
 from distill.console import say  # noqa: E402
 from distill.memory import GIB  # noqa: E402
 from distill.microlab import MICRO  # noqa: E402
+from distill.quality import FIRSTSIGHT  # noqa: E402
 from distill.shapes import SHIPPED  # noqa: E402
 
 SHARD_BYTES = 2 * GIB  # as much as is held while a model is written, and the largest tensor besides
 DEVIATION = 0.02  # of the weights, Qwen2's initializer_range
 QUESTION = "A shop sells pens at 3 for 2 euros. How much are 27 pens, and how much change is left of 50 euros? " * 4
 # FirstSight, Qwen2-VL 8.3B → 2.2B: what this kind of lab is measured by
-REFERENCE = {"speed": 5.16, "memory_saved": 0.679, "parameters_saved": 0.734}
 SHAPES = {f"{size}-shaped": SHIPPED[f"Qwen/Qwen2.5-{size}-Instruct"] for size in ("7B", "0.5B", "1.5B")}
 SCALE = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}  # what a CPU's shapes are divided by, and the rest by
 WIDTH_SCALE = 8
@@ -148,7 +148,7 @@ def ratios(speed: dict) -> list[str]:
     """A row for each student beside each teacher, and one for what they are held against."""
     columns = ["student", "teacher", "speed, one at a time", "memory saved", "parameters saved"]
     rows = [[each["student"], each["teacher"], f"{_interval(each['speed'])} ×", *_shares(each)] for each in speed["ratios"]]
-    rows += [["FirstSight's 2.2B", "its 8.3B", f"{REFERENCE['speed']} ×", *_shares(REFERENCE)]]
+    rows += [["FirstSight's 2.2B", "its 8.3B", f"{FIRSTSIGHT['speed']} ×", *_shares(FIRSTSIGHT)]]
     return table([columns, *rows])
 
 

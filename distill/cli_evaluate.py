@@ -32,7 +32,7 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
         metavar="[SYSTEM=]N",
         help="limit of an answer (default 256, system2=1024); may be repeated",
     )
-    parser.add_argument("--speed-runs", type=int, default=20, help="answers that each model is timed on; 0 measures no speed (default 20)")
+    parser.add_argument("--speed-runs", type=int, help="answers that each model is timed on; 0 measures no speed (default 20)")
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -52,7 +52,8 @@ def _evaluate(options) -> dict:
     from .evaluate import evaluate_student
 
     names = ("teacher", "teacher_bits", "before", "mode", "limit", "speed_runs", "benchmark_limit", "seed", "out", "fresh")
-    settings = {name: getattr(options, name) for name in names} | {"benchmarks": tuple(options.benchmark)}
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = given | {"benchmarks": tuple(options.benchmark)}
     questions = by_mode("--questions", options.questions)
     limits = by_mode("--max-tokens", options.max_tokens)
     limits = {

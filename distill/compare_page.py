@@ -15,8 +15,9 @@ from rich.text import Text
 
 from .console import visible
 from .markdown import fenced, plain
+from .students import TITLES as STUDENTS
 
-TITLES = {"teacher": "Teacher", "system1": "System-1 student", "system2": "System-2 student"}
+TITLES = {"teacher": "Teacher", **STUDENTS}
 MODE_TITLES = {"system1": "System 1, asked for the answer at once", "system2": "System 2, asked to reason first"}
 SUMMARY = ("model", "parameters", "stopped", "tokens", "tokens/s", "seconds")
 NOTE = (

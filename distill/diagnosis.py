@@ -4,11 +4,11 @@ Each check asks for evidence that a good but imperfect student does not show: th
 Only a gain over what it was before its training must be shown: without proof of one, there is none.
 """
 
+from .quality import QUALITY, REASONS
+
 STOPPED_LEAST = 0.9
 REPEATING_MOST = EMPTY_MOST = 0.1
-REASONED_LEAST = 0.8
 AGREEMENT_BY_CHANCE = 0.2
-RETAINED_ENOUGH = 0.9
 ANSWER_METRICS = {"exact_match": "exact match", "math_verified": "verified answers", "token_f1": "token F1"}
 
 
@@ -112,11 +112,11 @@ def _empty(quality: dict) -> dict | None:
 
 
 def _does_not_reason(quality: dict, facts: dict) -> dict | None:
-    if facts["mode"] != "system2" or quality["reasoned"]["ci"][1] >= REASONED_LEAST:
+    if facts["mode"] != "system2" or quality["reasoned"]["ci"][1] >= REASONS:
         return None
     return _fault(
         "It is a System-2 student and does not reason before it answers.",
-        f"{_share(quality['reasoned'])} of its answers show a whole thought first; {REASONED_LEAST:.0%} are wanted.",
+        f"{_share(quality['reasoned'])} of its answers show a whole thought first; {REASONS:.0%} are wanted.",
         "Train it on whole traces: outputs with <think>…</think> before the answer, and a max_length that holds them; raise num_epochs.",
     )
 
@@ -125,7 +125,7 @@ def _no_better(before: dict | None, comparisons: dict) -> dict | None:
     """A rise of any measure will do, since texts are not judged by exact match alone; so will being near the teacher: little is left."""
     changes = {name: comparisons["against_before"][name] for name in ANSWER_METRICS if name in comparisons["against_before"]}
     kept = [estimate["value"] for name, estimate in comparisons["retained"].items() if name in changes]
-    near = [value >= RETAINED_ENOUGH for value in kept if value is not None]
+    near = [value >= QUALITY for value in kept if value is not None]
     if not before or any(change["ci"][0] > 0 for change in changes.values()) or (near and all(near)):
         return None
     worse = [ANSWER_METRICS[name] for name, change in changes.items() if change["ci"][1] < 0]

@@ -17,11 +17,11 @@ from .examine import Examined, ask, references_read, score_answers, time_answers
 from .generation import BATCH_TOKENS, MAX_NEW_TOKENS
 from .harness import check_benchmarks, run_benchmarks
 from .models import check_student
-from .panel import TITLES, check_arguments, panel_of, students_of
+from .panel import check_arguments, panel_of, students_of
 from .quality import beside_before, beside_teacher, cases, headline, quality, targets
 from .questions import Questions, drawn, questions_for, read_questions
 from .report import Evaluation
-from .students import Student
+from .students import TITLES, Student
 
 SPEED_RUNS = 20
 
@@ -176,7 +176,6 @@ def _system(student: Student, asked: Questions, scored: dict, facts: dict, judge
         "vocabulary": len(tokenizer),
         "mode": mode,
     }
-    names = {"teacher": "teacher", before: before, mode: mode}
     return {
         "mode": mode,
         "student": mode,
@@ -190,7 +189,7 @@ def _system(student: Student, asked: Questions, scored: dict, facts: dict, judge
         "against_teacher": differences,
         "against_before": gained,
         "training": students.training_facts(student),
-        "cases": cases(asked.rows, {name: scored[name, mode] for name in names}, metric, mode, "teacher"),
+        "cases": cases(asked.rows, {name: scored[name, mode] for name in ("teacher", before, mode)}, metric, mode, "teacher"),
         "diagnosis": diagnose(
             facts[mode]["quality"][mode], facts[before]["quality"][mode], {"retained": kept, "against_before": gained}, known
         ),

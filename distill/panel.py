@@ -7,9 +7,7 @@ from .config import model_name
 from .errors import ConfigError
 from .examine import Examined
 from .models import check_student
-from .students import Student, student_at
-
-TITLES = {"system1": "System-1 student", "system2": "System-2 student"}
+from .students import TITLES, Student, student_at
 
 
 def check_arguments(seed, limit, teacher_bits, speed_runs, max_new_tokens) -> None:

@@ -6,6 +6,7 @@ Texts stand here as they came: whoever shows a block makes it harmless.
 from collections.abc import Iterator
 
 from .metrics import final_answer, reasoning
+from .quality import FIRSTSIGHT
 from .report_blocks import Answer, Case, Cases, Code, Folded, Heading, Note, Plots, Prose, Section, Table, Terms
 from .report_plots import drawn
 from .report_words import (
@@ -27,7 +28,10 @@ from .report_words import (
     written,
 )
 
-FOR_SCALE = "For scale: FirstSight's Qwen2-VL 8.3B → 2.2B came to 5.16 × the speed, 67.9% less memory and 73.4% fewer parameters."
+FOR_SCALE = (
+    f"For scale: FirstSight's Qwen2-VL 8.3B → 2.2B came to {FIRSTSIGHT['speed']} × the speed, {FIRSTSIGHT['memory_saved']:.1%} less memory "
+    f"and {FIRSTSIGHT['parameters_saved']:.1%} fewer parameters."
+)
 PREFERENCE_FACTS = ("judge", "equal", "malformed", "unanswered")
 PARTS = {"judge": "Pairs judged by a model", "ratings": "Pairs rated blind by a person"}
 PREFERENCE_NAMES = {

@@ -7,12 +7,12 @@ A question is `{"id", "family", "system": 1 | 2, "instruction", "answer"}`; syst
 from collections import defaultdict
 from pathlib import Path
 
-from . import store
+from . import metrics, store
 from .answers import ask_once
 from .config import model_name
 from .generation import BATCH_TOKENS
 from .intervals import wilson
-from .metrics import final_answer, reasons_first
+from .metrics import reasons_first
 from .models import check_student
 from .questions import MODE_OF_SYSTEM
 
@@ -21,7 +21,7 @@ def exact_match(questions: list[dict], texts: list[str]) -> dict:
     """Exact match by family: {family: {"value", "n", "ci"}}, families in order of appearance."""
     right: dict = defaultdict(list)
     for question, text in zip(questions, texts, strict=True):
-        right[question["family"]].append(final_answer(text) == question["answer"].strip())
+        right[question["family"]].append(metrics.exact_match(question["answer"], text))
     return {family: wilson(sum(hits), len(hits)) for family, hits in right.items()}
 
 

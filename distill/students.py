@@ -12,6 +12,7 @@ from .models import RUN_RECORD, check_student
 from .prompt import MODES, tokenizer_hash
 from .store import validation_path
 
+TITLES = {"system1": "System-1 student", "system2": "System-2 student"}
 LOSSES = {"training": "loss", "validation": "eval_loss"}
 
 

@@ -63,11 +63,6 @@ def measure(
     return {**job, "models": figures, "ratios": _ratios(requests, figures)}
 
 
-def check_runs(runs: int) -> None:
-    """Raise ConfigError for a number of runs that `measure` would refuse: to be asked before what takes hours."""
-    _check({"runs": runs})
-
-
 def _check(given: dict[str, int]) -> None:
     """Raise ConfigError for numbers that cannot be."""
     if wrong := [f"{name} = {value!r}: give at least {LEAST[name]}." for name, value in given.items() if value < LEAST[name]]:

@@ -129,12 +129,6 @@ def test_numbers_that_cannot_be_are_named_together(micro, tmp_path):
         timing.measure([], tmp_path, runs=0, lengths=(1, 9))
 
 
-def test_a_number_of_runs_is_refused_before_anything_else_is_known():
-    timing.check_runs(1)
-    with pytest.raises(ConfigError, match=r"runs = 0: give at least 1"):
-        timing.check_runs(0)
-
-
 @pytest.mark.slow
 def test_a_single_run_takes_one_round(micro, tmp_path):
     alone = request(micro, "system1", "student_system1", "student", 32)
